@@ -1,0 +1,860 @@
+"""Tests of dmash.py and aib_envs.py: each compares with something computed another way (an oracle)."""
+
+import copy
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import aib_envs
+import dmash
+
+HERE = Path(__file__).parent
+D_S, D_A, B, L = 5, 1, 12, 6
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small_config(**changes):
+    """A fast but real configuration: DI, 4 contexts, every network at full size."""
+    settings = dict(env="di_inv", contexts=4, batch=32, random_steps=60, steps=40, eval_every=20, rollouts=1, threads=1)
+    return dmash.Config(**(settings | changes))
+
+
+def small_arguments(out, **changes):
+    cfg = small_config(**changes)
+    names = ("env", "contexts", "batch", "random_steps", "steps", "eval_every", "rollouts", "threads", "seed")
+    return [text for name in names for text in (dmash.flag(name), str(getattr(cfg, name)))] + ["--out", str(out)]
+
+
+def random_batch(B=B):
+    return dmash.Batch(
+        s=torch.randn(B, D_S),
+        a=torch.rand(B, D_A) * 2 - 1,
+        ds=torch.randn(B, D_S),
+        r=torch.rand(B),
+        tau=torch.randn(B, L, 2 * D_S + D_A),
+    )
+
+
+def random_omega(B=B, **options):
+    return dmash.Omega(*(torch.randn(B, *shape, **options) / 8 for shape in dmash.Hypernetwork().shapes))
+
+
+def small_agent(**changes):
+    return dmash.Agent(small_config(**changes), D_S, D_A)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_avg_l1_norm_by_hand():
+    x = torch.tensor([[1.0, -3.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(dmash.avg_l1_norm(x), torch.tensor([[0.5, -1.5, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]))
+
+
+def test_sim_norm_by_hand():
+    x = [0.0, 1.0, 2.0, 3.0, -1.0, -1.0, -1.0, 5.0]
+    expected = []
+    for group in (x[:4], x[4:]):
+        total = sum(math.exp(v) for v in group)
+        expected += [math.exp(v) / total for v in group]
+    torch.testing.assert_close(dmash.sim_norm(torch.tensor([x]), 4), torch.tensor([expected]))
+
+
+def test_masking_zeroes_whole_vectors_at_the_stated_rate():
+    tau = torch.ones(400, 25, 2 * D_S + D_A)
+    masked = dmash.mask_inputs(tau, D_S, D_A, 0.4)
+    vectors = masked.split([D_S, D_A, D_S], -1)
+    for vector in vectors:
+        assert torch.equal(vector.amin(-1), vector.amax(-1))  # whole vectors, left as they are or zero
+        assert abs((vector[..., 0] == 0).float().mean().item() - 0.4) < 0.02  # 4 standard errors
+    both = ((vectors[0][..., 0] == 0) & (vectors[2][..., 0] == 0)).float().mean().item()
+    assert abs(both - 0.16) < 0.02  # s and δs independently
+
+
+def test_encoder_masks_in_training_mode_and_never_at_evaluation():
+    g = dmash.ContextEncoder(D_S, D_A, mask=0.4)
+    tau = torch.randn(B, L, 2 * D_S + D_A)
+    assert torch.equal(g(tau, train=False), g(tau, train=False))
+    assert not torch.equal(g(tau, train=True), g(tau, train=True))
+    unmasked = dmash.ContextEncoder(D_S, D_A, mask=0.0)
+    unmasked.load_state_dict(g.state_dict())
+    torch.testing.assert_close(unmasked(tau, train=True), g(tau, train=False))
+
+
+def test_encoder_equals_a_step_by_step_lstm():
+    g = dmash.ContextEncoder(D_S, D_A)
+    tau = torch.randn(B, L, 2 * D_S + D_A)
+    cell = nn.LSTMCell(32, 32)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in g.lstm.state_dict().items()})
+    h = c = torch.zeros(B, 32)
+    for i in range(L):
+        x = tau[:, i] @ g.embed.weight.T
+        x = x / x.abs().mean(-1, keepdim=True)
+        h, c = cell(x, (h, c))
+    z = (h @ g.project.weight.T).reshape(B, 2, 4).softmax(-1).reshape(B, 8)
+    torch.testing.assert_close(g(tau, train=False), z)
+
+
+def test_subsampling_size_and_order():
+    random = dmash.subsample(300, 24, 4, train=True)
+    assert random.shape == (300, 4)
+    assert all(len(set(row)) == 4 for row in random.tolist())  # without repetition
+    assert torch.bincount(random.flatten(), minlength=24).min() > 20  # every position (50 expected)
+    assert (random.diff() < 0).any() and (random.diff() > 0).any()  # in random order
+    assert len({tuple(row) for row in random.tolist()}) > 290  # drawn per sample
+    even = dmash.subsample(3, 24, 4, train=False)
+    assert even.tolist() == [[0, 8, 15, 23]] * 3
+    for K, L in ((128, 25), (24, 4), (7, 1), (1, 1)):
+        i = dmash.subsample(1, K, L, train=False)[0]
+        assert i.shape == (L,) and i.min() >= 0 and i.max() < K and (L == 1 or (i.diff() > 0).all())
+
+
+def test_window_share_is_rounded_down():
+    assert (dmash.Config(env="cartpole_inv").L, dmash.Config(env="di_inv").L) == (25, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Hypernetwork and adapter
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_adapter_and_hypernetwork_equal_a_per_sample_loop():
+    h, n = dmash.Hypernetwork(), 2
+    z, x = torch.randn(B, 8, requires_grad=True), torch.randn(B, n, 256, requires_grad=True)
+    weights = [z, x, *h.parameters()]
+
+    fast = dmash.adapter(x, h(z))
+    slow = torch.zeros(B, n, 256)
+    for b in range(B):
+        hidden = torch.cat([h.trunk(z[b]), torch.ones(1)])
+        W_down, b_down, W_up, b_up = (
+            (hidden @ head).reshape(shape) for head, shape in zip(h.heads, ((256, 32), (32,), (32, 256), (256,)))
+        )
+        for i in range(n):  # column form, as in Eq. 3
+            slow[b, i] = W_up.T @ torch.relu(W_down.T @ x[b, i] + b_down) + b_up
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
+    direction = torch.randn_like(fast)
+    for g_fast, g_slow in zip(torch.autograd.grad(fast, weights, direction), torch.autograd.grad(slow, weights, direction)):
+        torch.testing.assert_close(g_fast, g_slow, rtol=1e-3, atol=1e-5)
+
+
+def test_hypernetwork_heads_start_as_pytorch_linear_layers():
+    torch.manual_seed(0)
+    head, linear = dmash.Hypernetwork().heads[0], nn.Linear(64, 256 * 32)
+    for ours, theirs in ((head[:-1], linear.weight), (head[-1], linear.bias)):
+        assert abs(ours.std() / theirs.std() - 1) < 0.05 and ours.abs().max() <= 1 / 8
+
+
+def test_sizes_of_omega():
+    assert [tuple(w.shape) for w in dmash.Hypernetwork()(torch.randn(3, 8))] == [(3, 256, 32), (3, 1, 32), (3, 32, 256), (3, 1, 256)]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_adapted_network_equals_separate_networks(n):
+    """Trunk without a last activation, skip connection, ReLU after the sum, head; every network its own weights."""
+    net, omega, inputs = dmash.AdaptedNetwork(7, 3, n=n), random_omega(), torch.randn(B, 7)
+    out = net(inputs, omega)
+    assert out.shape == (n, B, 3)
+    first, _, second = net.trunk
+    for i in range(n):
+        x = torch.relu(inputs @ first.weight[i] + first.bias[i]) @ second.weight[i] + second.bias[i]
+        adapted = torch.relu(x + dmash.adapter(x.unsqueeze(1), omega).squeeze(1))
+        torch.testing.assert_close(out[i], adapted @ net.head.weight[i] + net.head.bias[i], rtol=1e-4, atol=1e-5)
+    if n == 2:
+        assert not torch.equal(out[0], out[1])
+
+
+def test_the_same_omega_modulates_all_three_users():
+    agent, batch = small_agent(), random_batch()
+    users = (
+        lambda omega: agent.f(batch.s, batch.a, omega),
+        lambda omega: agent.pi.mean(batch.s, omega),
+        lambda omega: agent.Q(batch.s, batch.a, omega),
+        lambda omega: agent.Q_target(batch.s, batch.a, omega),
+    )
+    omega, other = random_omega(), random_omega()
+    for user in users:
+        assert user(omega).shape[0] == B and not torch.allclose(user(omega), user(other))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_log_probability_equals_torch_distributions():
+    pi, s, omega = dmash.Actor(D_S, 3), torch.randn(B, D_S), random_omega()
+    a, logp = pi.sample(s, omega)
+    mu, log_std = pi(s, omega)
+    assert a.abs().max() < 1 and log_std.min() > -5 and log_std.max() < 2
+    transforms = [torch.distributions.transforms.TanhTransform()]
+    oracle = torch.distributions.TransformedDistribution(torch.distributions.Normal(mu.double(), log_std.double().exp()), transforms)
+    torch.testing.assert_close(logp.double(), oracle.log_prob(a.double()).sum(-1), rtol=1e-3, atol=1e-3)
+
+
+def test_log_probability_stays_finite_where_tanh_saturates():
+    pi, s, omega = dmash.Actor(D_S, 1), torch.randn(B, D_S), random_omega()
+    with torch.no_grad():
+        pi.head.bias[:] = torch.tensor([30.0, 0.0])  # mean 30: tanh is 1 in single precision
+    a, logp = pi.sample(s, omega)
+    assert torch.equal(a, torch.ones(B, 1)) and torch.isfinite(logp).all()
+
+
+def test_dynamics_loss_is_the_mean_over_samples_and_dimensions():
+    f, omega, batch = dmash.DynamicsModel(D_S, D_A), random_omega(), random_batch()
+    predicted = f(batch.s, batch.a, omega)
+    by_hand = sum((predicted[b, i] - batch.ds[b, i]) ** 2 for b in range(B) for i in range(D_S)) / (B * D_S)
+    torch.testing.assert_close(dmash.dynamics_loss(f, omega, batch), by_hand)
+
+
+def test_bellman_target_by_hand_and_through_the_time_limit():
+    """The last transition of an episode, cut by the time limit, still bootstraps from the state it led to."""
+    env = aib_envs.make("di_inv")
+    s, _ = env.reset(seed=0)
+    truncated = False
+    while not truncated:
+        last, a = s, env.action_space.sample()
+        s, r, terminated, truncated, _ = env.step(a)
+    assert env.t == 100 and not terminated
+    replay = dmash.Replay(1, 10, 4, 2, K=1, L=1)
+    replay.add(*(torch.tensor(x).unsqueeze(0) for x in (last, a, np.float32(r), s)))
+    replay.add(*(torch.tensor(x).unsqueeze(0) for x in (last, a, np.float32(r), s)))
+    batch = replay.sample(4)
+    torch.testing.assert_close(batch.s2, torch.tensor(s).expand(4, -1))  # the state itself, not the next episode's
+
+    pi, Q, Q_target, omega = dmash.Actor(4, 2), dmash.Critics(4, 2), dmash.Critics(4, 2), random_omega(4)
+    alpha, gamma = torch.tensor(0.3), 0.9
+    torch.manual_seed(5)
+    loss = dmash.critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma)
+    torch.manual_seed(5)
+    a2, logp = pi.sample(batch.s2, omega)
+    q2, q, by_hand = Q_target(batch.s2, a2, omega), Q(batch.s, batch.a, omega), 0.0
+    for b in range(4):
+        y = batch.r[b] + gamma * (min(q2[b, 0], q2[b, 1]) - alpha * logp[b])
+        by_hand += ((q[b, 0] - y) ** 2 + (q[b, 1] - y) ** 2) / 4
+    torch.testing.assert_close(loss, by_hand)
+    assert (loss - (q - batch.r.unsqueeze(-1)).square().mean(0).sum()).abs() > 1e-4  # not the terminal target
+
+
+def test_actor_and_temperature_loss_by_hand():
+    pi, Q, omega, batch = dmash.Actor(D_S, D_A), dmash.Critics(D_S, D_A), random_omega(), random_batch()
+    torch.manual_seed(5)
+    loss, logp = dmash.actor_loss(pi, Q, torch.tensor(0.3), omega, batch)
+    torch.manual_seed(5)
+    a, logp_again = pi.sample(batch.s, omega)
+    q = Q(batch.s, a, omega)
+    torch.testing.assert_close(loss, sum(0.3 * logp_again[b] - min(q[b]) for b in range(B)) / B)
+    log_alpha = torch.tensor(-1.0, requires_grad=True)
+    dmash.temperature_loss(log_alpha, logp, target_entropy=-1.0).backward()
+    torch.testing.assert_close(log_alpha.grad, -math.exp(-1) * (logp.mean() - 1))
+    assert not logp.requires_grad
+
+
+# Rows: steps of Algorithm 2. Columns: the parameters that each changes. All others it leaves alone.
+ROUTING = {
+    "dynamics_step": {"φ", "η", "θ"},
+    "critic_step": {"ζ"},
+    "actor_step": {"ξ", "α"},
+    "target_step": {"ζ target"},
+}
+
+
+def parameter_groups(agent):
+    groups = {"φ": agent.g, "η": agent.h, "θ": agent.f, "ξ": agent.pi, "ζ": agent.Q, "ζ target": agent.Q_target}
+    return {name: list(module.parameters()) for name, module in groups.items()} | {"α": [agent.log_alpha]}
+
+
+@pytest.mark.parametrize("step", ROUTING)
+def test_gradient_routing(step):
+    agent, batch = small_agent(), random_batch()
+    omega = agent.h(agent.g(batch.tau, train=True))  # with its graph: nothing but the losses stops the gradient
+    agent.critic_step(batch, omega)  # so that the target critics have somewhere to move
+    groups = parameter_groups(agent)
+    before = {name: [p.detach().clone() for p in group] for name, group in groups.items()}
+    arguments = {"dynamics_step": (batch,), "target_step": ()}.get(step, (batch, omega))
+    getattr(agent, step)(*arguments)
+    changed = {name for name, group in groups.items() if any(not torch.equal(p, q) for p, q in zip(group, before[name]))}
+    assert changed == ROUTING[step]
+    for name in changed:
+        assert all(not torch.equal(p, q) for p, q in zip(groups[name], before[name])), f"part of {name} is untouched"
+
+
+def test_rl_losses_see_omega_as_a_constant():
+    """Eq. 2: with the whole graph of ω at hand, only Eq. 1 has a gradient for φ and η, and a non-zero one."""
+    agent, batch = small_agent(), random_batch()
+    omega = agent.h(agent.g(batch.tau, train=True))
+    losses = {
+        "dynamics": dmash.dynamics_loss(agent.f, omega, batch),
+        "critic": dmash.critic_loss(agent.pi, agent.Q, agent.Q_target, agent.alpha, omega, batch, 0.99),
+        "actor": dmash.actor_loss(agent.pi, agent.Q, agent.alpha, omega, batch)[0],
+    }
+    reaches = {"dynamics": {"φ", "η", "θ"}, "critic": {"ζ"}, "actor": {"ξ", "ζ"}}  # the actor's loss steps ξ only
+    for name, loss in losses.items():
+        for group, parameters in parameter_groups(agent).items():
+            if group in ("ζ target", "α"):
+                continue
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            if group in reaches[name]:
+                assert all(g is not None for g in grads) and sum(g.abs().sum() for g in grads) > 0, (name, group)
+            else:
+                assert all(g is None for g in grads), (name, group)
+
+
+def test_update_schedule():
+    """The policy is updated at every second step, twice; the targets move by τ at every step."""
+    agent, batch, calls = small_agent(), random_batch(), []
+    original = agent.actor_opt.step
+    agent.actor_opt.step = lambda *args: (calls.append(1), original(*args))
+    before = [p.clone() for p in agent.Q_target.parameters()]
+    for step in range(1, 6):
+        losses = agent.update(batch, step)
+        assert ("actor_loss" in losses) == (step % 2 == 0)
+        if step == 1:
+            for target, old, new in zip(agent.Q_target.parameters(), before, agent.Q.parameters()):
+                torch.testing.assert_close(target, 0.995 * old + 0.005 * new)
+    assert len(calls) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Replay
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_hold_past_transitions_of_their_own_context(seed):
+    """Rows say which context and time they are from, over random sizes and wrap-around."""
+    rng = np.random.default_rng(seed)
+    N, K = int(rng.integers(1, 5)), int(rng.integers(1, 9))
+    L, capacity = int(rng.integers(1, K + 1)), K + int(rng.integers(1, 30))
+    replay = dmash.Replay(N, capacity, 1, 1, K, L)
+    context = torch.arange(1.0, N + 1).unsqueeze(-1)
+    total = int(rng.integers(K + 1, 3 * capacity + 2))
+    for t in range(total):
+        time = torch.full((N, 1), float(t))
+        replay.add(context, time, time.squeeze(-1), 2 * context)  # s = context, a = r = time, δs = context
+    batch = replay.sample(64 * N)
+    assert torch.equal(batch.s, batch.ds) and torch.equal(batch.a.squeeze(-1), batch.r) and torch.equal(batch.s2, 2 * batch.s)
+    assert sorted(batch.s.flatten().tolist()) == sorted(context.repeat(64, 1).flatten().tolist())  # equal shares
+    assert (batch.tau[..., 0] == batch.s).all() and (batch.tau[..., 2] == batch.s).all()  # one context a window
+    age = batch.a - batch.tau[..., 1]
+    assert (age >= 1).all() and (age <= K).all()  # past, and not older than K: never the transition to predict
+    assert batch.a.min() >= max(0, total - capacity) + K and batch.a.max() <= total - 1
+    latest = replay.latest(train=False)
+    assert torch.equal(latest[:, -1, 1] if L > 1 else latest[:, 0, 1] + K - 1, torch.full((N,), float(total - 1)))
+
+
+def test_windows_before_the_first_transitions_are_zeros():
+    replay = dmash.Replay(2, 8, 1, 1, K=4, L=4)
+    assert torch.equal(replay.latest(train=False), torch.zeros(2, 4, 3))
+    replay.add(torch.ones(2, 1), torch.ones(2, 1), torch.ones(2), torch.ones(2, 1))
+    latest = replay.latest(train=False)
+    assert (latest[:, :3] == 0).all() and (latest[:, 3, :2] == 1).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Environments
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def one_step(env, state, action):
+    env.reset(seed=0, options={"state": np.array(state)})
+    s2, r, terminated, truncated, info = env.step(np.array(action))
+    assert not terminated and s2.dtype == np.float32
+    return s2, r
+
+
+def test_double_integrator_by_hand():
+    env = aib_envs.make("di_inv", mass=0.5, action_factor=-1)
+    s2, r = one_step(env, [0.5, -0.2, 0.3, -0.4], [0.6, -1.0])
+    # p + .1 v with the old v; v + .1 * clip(-a) / .5
+    np.testing.assert_allclose(s2, [0.53, -0.24, 0.3 - 0.12, -0.4 + 0.2], rtol=1e-6)
+    assert r == 0.0
+    s2, r = one_step(env, [0.1, 0.0, -0.5, 0.99], [0.0, -1.0])
+    np.testing.assert_allclose(s2, [0.05, 0.099, -0.5, 1.0], rtol=1e-6)  # v is clipped at 1
+    assert r == 0.0  # at distance .111
+    assert one_step(env, [0.1, 0.0, -0.5, 0.0], [0.0, 0.0])[1] == 1.0
+    assert one_step(env, [0.99, -0.99, 1.0, -1.0], [0.0, 0.0])[0][:2].tolist() == [1.0, -1.0]  # so is p
+
+
+def test_ode_by_hand():
+    env = aib_envs.make("ode", c0=2.0, c1=-3.0)
+    s2, r = one_step(env, [0.4], [0.5, -0.25])
+    # Re(2 a - 3 a^2), a = .5 - .25i: 2 * .5 - 3 * (.25 - .0625) = .4375
+    np.testing.assert_allclose(s2, [0.4 + 0.004375], rtol=1e-6)
+    assert r == 0.25
+    tiers = [(0.04, 1.0), (0.06, 1 / 2), (0.15, 1 / 3), (0.3, 1 / 4), (1.5, 0.05), (2.5, 0.0), (-0.04, 1.0), (-19.9, 0.0)]
+    assert [one_step(env, [x], [0.0, 0.0])[1] for x, _ in tiers] == [r for _, r in tiers]
+    assert one_step(aib_envs.make("ode", c0=10.0), [19.99], [1.0, 0.0])[0] == [20.0]
+
+
+# (length, action_factor), state, action, next observation, reward: recorded from the reference environment
+CARTPOLE_STEPS = [
+    ((0.3, -1), [0.020060623, -0.226369539, -0.114903159, -0.458260721], [0.365500637],
+     [0.018741977, 0.973478326, -0.228779257, -0.148820475, -0.43272457], 0.952068559),
+    ((0.3, -1), [-0.38143505, 0.92491718, -0.895787365, 4.749734228], [-0.893602041],
+     [-0.389967147, 0.56302201, 0.826441901, -0.810602711, 4.820853938], 0.351581873),
+    ((0.1, -1), [0.133016017, -0.795044588, 1.014104593, -9.114582302], [-1.0],
+     [0.143607365, 0.629184744, -0.777255787, 1.103803398, -9.933346505], 0.323950889),
+    ((0.1, -1), [0.439941131, -3.914023887, 1.382655654, -16.387327954], [1.0],
+     [0.453406753, -0.593346556, 0.804947119, 1.310937102, -16.221964448], 0.076792189),
+    ((2.0, 1), [0.144087194, -0.018832602, 0.699281212, -0.262551213], [-0.901999884],
+     [0.150640935, 0.999773199, -0.02129673, 0.611470225, -0.230612856], 0.829719708),
+    ((2.0, 1), [0.157871009, -0.029442524, 0.842420106, -0.304411392], [0.162232598],
+     [0.166375333, 0.999471206, -0.032516269, 0.858448261, -0.311503998], 0.982223626),
+]
+
+
+@pytest.mark.parametrize("context, state, action, s2, reward", CARTPOLE_STEPS)
+def test_cartpole_reproduces_recorded_steps(context, state, action, s2, reward):
+    env = aib_envs.make("cartpole_inv", length=context[0], action_factor=context[1])
+    ours, r = one_step(env, state, action)
+    np.testing.assert_allclose(ours, s2, atol=1e-6)
+    assert abs(r - reward) < 1e-6
+
+
+@pytest.mark.parametrize("length", [0.1, 0.3, 0.5, 0.85, 2.0])
+@pytest.mark.parametrize("factor", [-1.0, 1.0])
+def test_cartpole_equals_dm_control(length, factor):
+    cartpole = pytest.importorskip("dm_control.suite.cartpole", reason="dm_control, the oracle, is not installed")
+    xml, assets = cartpole.get_model_and_assets()
+    pole = b'fromto="0 0 0 0 0 1"'
+    assert xml.count(pole) == 1
+    physics = cartpole.Physics.from_xml_string(xml.replace(pole, b'fromto="0 0 0 0 0 %r"' % (2 * length)), assets)
+    task = cartpole.Balance(swing_up=False, sparse=False, random=0)
+    env = aib_envs.make("cartpole_inv", length=length, action_factor=factor)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        state, action = rng.normal(size=4) * [1, 3, 2, 4], rng.uniform(-1, 1, size=1)
+        with physics.reset_context():
+            physics.data.qpos[:], physics.data.qvel[:] = state[:2], state[2:]
+        env.reset(seed=0, options={"state": state})
+        for _ in range(5):
+            physics.set_control(factor * action)
+            physics.step()
+            s2, r, *_ = env.step(action)
+            theirs = np.concatenate(list(task.get_observation(physics).values()))
+            np.testing.assert_allclose(s2, theirs, rtol=1e-6, atol=1e-6)
+            assert abs(r - task.get_reward(physics)) < 1e-6
+            np.testing.assert_allclose(np.concatenate([env.data.qpos, env.data.qvel]), physics.get_state(), atol=1e-6)
+
+
+def test_cartpole_starts_as_in_dm_control():
+    """Support and quantiles of 2,000 resets against those of dm_control's task."""
+    cartpole = pytest.importorskip("dm_control.suite.cartpole", reason="dm_control, the oracle, is not installed")
+    physics = cartpole.Physics.from_xml_string(*cartpole.get_model_and_assets())
+    task = cartpole.Balance(swing_up=False, sparse=False, random=0)
+    env, ours, theirs = aib_envs.make("cartpole_inv"), [], []
+    env.reset(seed=0)
+    for _ in range(2000):
+        env.reset()
+        ours.append(np.concatenate([env.data.qpos, env.data.qvel]))
+        with physics.reset_context():
+            task.initialize_episode(physics)
+        theirs.append(physics.get_state().copy())
+    quantiles = np.linspace(0.05, 0.95, 10)
+    scale = np.std(theirs, axis=0)
+    difference = np.quantile(ours, quantiles, axis=0) - np.quantile(theirs, quantiles, axis=0)
+    assert (np.abs(difference) < 0.15 * scale).all()
+    assert np.abs(ours)[:, 0].max() <= 0.1 and np.abs(ours)[:, 1].max() <= 0.034
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_every_context_dimension_changes_a_trajectory(env_id):
+    def trajectory(**context):
+        env = aib_envs.make(env_id, **context)
+        env.reset(seed=3)
+        rng = np.random.default_rng(0)
+        return np.array([env.step(rng.uniform(-1, 1, env.d_a))[0] for _ in range(30)])
+
+    default = trajectory()
+    for dim in aib_envs.ENVS[env_id].context:
+        changed = trajectory(**{dim.name: dim.train[0]})
+        assert np.abs(changed - default).max() > 1e-3, dim.name
+        np.testing.assert_array_equal(trajectory(**{dim.name: dim.default}), default)
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_environment_conventions(env_id):
+    spec, env = aib_envs.ENVS[env_id], aib_envs.make(env_id)
+    s, info = env.reset(seed=1)
+    assert info["context"] == {dim.name: dim.default for dim in spec.context}
+    first = s.copy()
+    for t in range(1, spec.horizon + 1):
+        s2, r, terminated, truncated, info = env.step(env.action_space.sample())
+        assert env.observation_space.contains(s2) and np.isfinite(r) and 0 <= r <= 1
+        assert not terminated and truncated == (t == spec.horizon)
+    assert np.array_equal(s, first)  # an observation handed out is never written to again
+    assert np.array_equal(env.reset(seed=1)[0], first)
+    assert not np.array_equal(env.reset()[0], first)
+    info["context"].clear()
+    assert env.context
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_context_sets(env_id):
+    spec, sets = aib_envs.ENVS[env_id], aib_envs.context_sets(env_id)
+    assert list(sets) == ["train", "eval_in", "eval_out"] and all(len(contexts) == 20 for contexts in sets.values())
+    assert sets == aib_envs.context_sets(env_id)
+    seen = [tuple(context.values()) for contexts in sets.values() for context in contexts]
+    assert len(set(seen)) == 60  # pairwise disjoint, no repetition
+    for dim in spec.context:
+        values = {name: np.array([context[dim.name] for context in contexts]) for name, contexts in sets.items()}
+        if dim.binary:
+            assert all(set(v) == set(dim.train) for v in values.values())
+            assert all(abs(np.mean(v == dim.train[0]) - 0.5) <= 0.1 for v in values.values())
+            continue
+        (low, high), (far_low, far_high) = dim.train, dim.extrapolation
+        margin = 0.01 * (high - low)
+        assert values["train"].min() >= low and values["train"].max() <= high
+        assert values["eval_in"].min() >= low + margin - 1e-9 and values["eval_in"].max() <= high - margin + 1e-9
+        out = values["eval_out"]
+        assert ((out <= low - margin + 1e-9) | (out >= high + margin - 1e-9)).all()
+        assert out.min() >= far_low - 1e-9 and out.max() <= far_high + 1e-9
+        assert (out < low).any() and (out > high).any()
+
+
+def test_context_sets_by_hand():
+    """Cartpole: 50 lengths x 2 signs, sorted, every 99/19-th entry."""
+    sets = aib_envs.context_sets("cartpole_inv")
+    mesh = [(length, sign) for length in np.linspace(0.3, 0.85, 50) for sign in (-1, 1)]
+    for i, context in enumerate(sets["train"]):
+        assert (context["length"], context["action_factor"]) == pytest.approx(mesh[int(i * 99 / 19 + 1e-9)])
+    assert sets["eval_out"][0] == pytest.approx({"length": 0.1, "action_factor": -1})
+    assert sets["eval_out"][-1] == pytest.approx({"length": 2.0, "action_factor": 1})
+
+
+BAD_CALLS = [
+    (lambda: aib_envs.make("cartpole"), "unknown environment 'cartpole' (did you mean cartpole_inv?)"),
+    (lambda: aib_envs.make("cartpole_inv", lenght=1), "unknown context of cartpole_inv 'lenght' (did you mean length?)"),
+    (lambda: aib_envs.make("cartpole_inv", length=0), "length=0: must be a finite number above 0"),
+    (lambda: aib_envs.make("di_inv", mass=math.nan), "mass=nan: must be a finite number above 0"),
+    (lambda: aib_envs.make("ode", c0="x"), "c0='x': must be a finite number"),
+    (lambda: aib_envs.context_sets("ode", 0), "n=0: the number of contexts must be a whole number of at least 1"),
+    (lambda: aib_envs.make("ode").reset(options={"state": [1, 2]}), "state [1.0, 2.0]: must be 1 finite numbers"),
+]
+
+
+@pytest.mark.parametrize("call, message", BAD_CALLS)
+def test_bad_values_name_what_is_allowed(call, message):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_bad_actions_leave_the_environment_unharmed(env_id):
+    env, twin = aib_envs.make(env_id), aib_envs.make(env_id)
+    env.reset(seed=0), twin.reset(seed=0)
+    good = np.full(env.d_a, 0.5)
+    for bad in (np.zeros(env.d_a + 1), np.full(env.d_a, np.nan), np.full(env.d_a, np.inf)):
+        with pytest.raises(ValueError, match="finite numbers"):
+            env.step(bad)
+    np.testing.assert_array_equal(env.step(good)[0], twin.step(good)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Acting and evaluation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands for an Agent: notes what it is asked, acts with zeros."""
+
+    def __init__(self, d_a):
+        self.d_a, self.calls = d_a, []
+
+    def act(self, s, tau, train):
+        self.calls.append((s.clone(), tau.clone(), train))
+        return torch.zeros(len(s), self.d_a)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_warm_up_fills_the_window_then_resets(train):
+    cfg = small_config(K=10)
+    envs = aib_envs.VectorEnv("di_inv", [{}, {"mass": 0.5}], seed=0)
+    agent = Recorder(envs.d_a)
+    rollout = dmash.new_rollout(cfg, agent, envs, 200, train)
+    rollout.begin_episode()
+    assert len(agent.calls) == 10 and rollout.replay.t == 10 and not rollout.done
+    assert (agent.calls[0][1] == 0).all()  # the window is empty at first
+    corners = rollout.s[:, :2].abs()
+    assert (corners >= 0.8).all() and (rollout.s[:, 2:] == 0).all()  # a fresh start
+    rollout.step()
+    assert all(call[2] is train for call in agent.calls)
+    assert agent.calls[-1][1].abs().sum() > 0  # the window stays over the reset
+    assert envs.envs[0].t == 1  # warm-up steps do not count towards the horizon
+
+
+def test_collecting_samples_and_evaluation_takes_the_mean():
+    agent = small_agent()
+    s, tau = torch.randn(3, D_S), torch.randn(3, L, 2 * D_S + D_A)
+    mean = agent.act(s, tau, train=False)
+    torch.testing.assert_close(mean, agent.pi.mean(s, agent.h(agent.g(tau, train=False))))
+    assert torch.equal(mean, agent.act(s, tau, train=False))
+    assert not torch.equal(agent.act(s, tau, train=True), agent.act(s, tau, train=True))
+
+
+def test_evaluation_is_repeatable_and_leaves_the_generator_alone():
+    cfg = small_config()
+    agent, _ = dmash.start(cfg)
+    generator = torch.get_rng_state()
+    first = dmash.evaluate(agent, cfg, rollouts=2)
+    assert first.shape == (3, 4) and np.isfinite(first).all()
+    np.testing.assert_array_equal(dmash.evaluate(agent, cfg, rollouts=2), first)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_evaluation_sums_rewards_of_the_counted_episode_only(monkeypatch):
+    """An agent that stays at rest, started within the goal: one reward a step, none from the warm-up."""
+    monkeypatch.setattr(aib_envs.DoubleIntegrator, "initial_state", lambda self: np.zeros(4))
+    returns = dmash.evaluate(Recorder(2), small_config(), rollouts=1)
+    np.testing.assert_array_equal(returns, np.full((3, 4), 100.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training and the command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def timeless(rows):
+    return [{name: v for name, v in row.items() if name not in ("seconds", "steps_per_second")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    assert dmash.main(small_arguments(out)) == 0
+    return out / "di_inv__dma_star_sh__s1"
+
+
+def test_run_folder(run):
+    assert {"config.json", "metrics.csv", "per_context.csv", "checkpoint.pt"} <= {path.name for path in run.iterdir()}
+    metrics, contexts = read(run / "metrics.csv"), read(run / "per_context.csv")
+    assert list(metrics[0]) == (
+        "step env_steps seconds steps_per_second dynamics_loss critic_loss actor_loss alpha train eval_in eval_out".split()
+    )
+    assert [row["step"] for row in metrics] == ["20", "40"]
+    assert metrics[-1]["env_steps"] == str(4 * (24 + 60 + 40))  # the warm-up counts too
+    assert list(contexts[0]) == ["step", "set", "index", "mass", "action_factor", "return"]
+    assert len(contexts) == 2 * 3 * 4
+    for name in dmash.SETS:
+        returns = [float(row["return"]) for row in contexts if (row["step"], row["set"]) == ("40", name)]
+        assert float(metrics[-1][name]) == pytest.approx(np.mean(returns), abs=1e-3)
+    config = json.loads((run / "config.json").read_text())
+    assert (config["method"], config["env"], config["K"], config["steps"]) == ("dma_star_sh", "di_inv", 24, 40)
+
+
+def test_checkpoint_holds_plain_state_dicts(run):
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 40 and set(state) == {"g", "h", "f", "pi", "Q", "Q_target", "log_alpha", "step"}
+    agent = dmash.Agent(small_config(), 4, 2)
+    agent.load_state_dict(state)
+    assert torch.equal(agent.h.heads[0], state["h"]["heads.0"])
+
+
+def test_eval_reproduces_the_last_row_of_the_run(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert dmash.main(["--eval", str(run), "--rollouts", "1", "--threads", "1", "--per-context"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    last = read(run / "metrics.csv")[-1]
+    assert lines[-1] == "AER over 4 contexts x 1 rollouts:  " + "  ".join(f"{name} {float(last[name]):.1f}" for name in dmash.SETS)
+    assert len(lines) == 2 + 3 * 4 and "action_factor" in lines[0]
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def test_same_seed_same_metrics_bit_for_bit(run, tmp_path):
+    assert dmash.main(small_arguments(tmp_path)) == 0
+    again = tmp_path / run.name
+    assert timeless(read(again / "metrics.csv")) == timeless(read(run / "metrics.csv"))
+    assert (again / "per_context.csv").read_bytes() == (run / "per_context.csv").read_bytes()
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, again))
+    assert all(torch.equal(ours[net][name], theirs[net][name]) for net in dmash.Agent.NETWORKS for name in ours[net])
+
+
+def test_another_seed_gives_another_run(run, tmp_path):
+    assert dmash.main(small_arguments(tmp_path, seed=2)) == 0
+    assert timeless(read(tmp_path / "di_inv__dma_star_sh__s2" / "metrics.csv")) != timeless(read(run / "metrics.csv"))
+
+
+def test_training_predicts_the_dynamics_and_reads_the_sign():
+    """Dynamics steps on real transitions predict far better than 'nothing changes' does; fed with the code of the
+    other actuator sign, the model predicts the opposite, which is worse than 'nothing changes'."""
+    cfg = small_config(contexts=8, batch=64, hidden=64, bottleneck=8, dynamics_lr=1e-3, mask=0.0)
+    agent, rollout = dmash.start(cfg)
+    for _ in range(300):
+        rollout.collect(random=True)
+    losses = [agent.dynamics_step(rollout.replay.sample(cfg.batch))[0].item() for _ in range(800)]
+    assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:5])
+    batch = rollout.replay.sample(400)
+    nothing = batch.ds.square().mean()
+    sign = torch.tensor([env.context["action_factor"] for env in rollout.envs.envs]).repeat_interleave(50)
+    with torch.no_grad():
+        z = agent.g(batch.tau, train=False)
+        right = dmash.dynamics_loss(agent.f, agent.h(z), batch)
+        flipped = torch.where(sign.unsqueeze(-1) > 0, z[sign < 0].mean(0), z[sign > 0].mean(0))
+        wrong = dmash.dynamics_loss(agent.f, agent.h(flipped), batch)
+    assert right < 0.1 * nothing and wrong > nothing
+
+
+def test_a_training_step_updates_every_network(run):
+    """The short run took real gradient steps: its networks differ from the freshly seeded ones."""
+    fresh, _ = dmash.start(small_config())
+    trained = torch.load(run / "checkpoint.pt", weights_only=True)
+    for net in dmash.Agent.NETWORKS:
+        for name, value in getattr(fresh, net).state_dict().items():
+            assert not torch.equal(value, trained[net][name]), (net, name)
+
+
+def test_plot_needs_no_more_than_the_run_folder(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, which is optional, is not installed")
+    for name in ("config.json", "metrics.csv", "per_context.csv"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    assert dmash.plot(tmp_path) and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def command(*arguments, code=None, cwd=HERE):
+    script = ["-c", code] if code else [str(HERE / "dmash.py")]
+    return subprocess.run([sys.executable, *script, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+def test_command_line_end_to_end_without_matplotlib_and_tqdm(tmp_path):
+    """As a script in a process of its own, in which both optional packages are missing."""
+    code = "import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None; import dmash; sys.exit(dmash.main())"
+    done = command(*small_arguments(tmp_path, steps=4, eval_every=2), code=code)
+    assert done.returncode == 0 and done.stderr == ""
+    assert [line.split()[:2] for line in done.stdout.splitlines()[:2]] == [["step", "2"], ["step", "4"]]
+    assert "curve.png" not in done.stdout
+    again = command(*small_arguments(tmp_path, steps=4, eval_every=2))
+    assert again.returncode == 2 and "already holds a run" in again.stderr  # nothing is overwritten
+    assert len(read(tmp_path / "di_inv__dma_star_sh__s1" / "metrics.csv")) == 2
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    """Beyond what the libraries do by themselves: no environment variable, file, seed, output or renderer."""
+    code = """if True:
+        import os, random, sys
+        import gymnasium, mujoco, numpy, torch
+        def world():
+            return (dict(os.environ), os.listdir(), random.getstate(), str(numpy.random.get_state()),
+                    torch.get_rng_state().tolist(), torch.get_num_threads(), set(sys.modules))
+        *before, modules = world()
+        sys.path.insert(0, sys.argv[1])
+        import aib_envs, dmash
+        *after, new = world()
+        assert before == after
+        assert not any(name.split('.')[0] in ('matplotlib', 'OpenGL', 'glfw', 'tqdm') for name in new - modules)"""
+    done = command(HERE, code=code, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
+
+
+def test_benchmark_prints_every_phase(capsys):
+    assert dmash.main("--benchmark --env di_inv --contexts 4 --batch 16 --threads 1".split()) == 0
+    out = capsys.readouterr().out
+    for word in "gradient acting environments batch dynamics critic actor targets rest peak update matrix ratio".split():
+        assert any(line.split()[0] == word for line in out.splitlines()), word
+
+
+def test_help_names_every_setting():
+    done = command("--help")
+    assert done.returncode == 0
+    assert all(dmash.flag(name) in done.stdout for name in dmash.Config.__dataclass_fields__)
+
+
+BAD_COMMANDS = [
+    ("--env cartpole", "unknown environment 'cartpole' (did you mean cartpole_inv?)"),
+    ("--env nonsense", "unknown environment 'nonsense'; known: di_inv, ode, cartpole_inv"),
+    ("--stepz 5", "unknown argument '--stepz' (did you mean --steps?)"),
+    ("extra", "unknown argument 'extra'"),
+    ("--steps 0", "--steps 0: must be in [1, inf)"),
+    ("--steps -5", "--steps -5: must be in [1, inf)"),
+    ("--steps 1.5", "'1.5': must be a whole number in [1, inf)"),
+    ("--steps many", "'many': must be a whole number in [1, inf)"),
+    ("--steps", "expected one argument"),
+    ("--seed -1", "--seed -1: must be in [0, 4294967295]"),
+    ("--gamma 1.5", "--gamma 1.5: must be in [0, 1]"),
+    ("--gamma nan", "--gamma nan: must be in [0, 1]"),
+    ("--tau 0", "--tau 0.0: must be in (0, 1]"),
+    ("--mask -0.1", "--mask -0.1: must be in [0, 1]"),
+    ("--subsample 0", "--subsample 0.0: must be in (0, 1]"),
+    ("--critic-lr 0", "--critic-lr 0.0: must be in (0, inf)"),
+    ("--actor-lr inf", "--actor-lr inf: must be in (0, inf)"),
+    ("--K 0", "--K 0: must be in [1, inf)"),
+    ("--env di_inv --K 101", "--K 101: must be at most the horizon, 100 for di_inv"),
+    ("--buffer 128", "--buffer 128: must be more than --K, here 128"),
+    ("--batch 19", "--batch 19: must be at least --contexts, here 20"),
+    ("--d-z 6", "--d-z 6: must be a multiple of --simnorm-group, here 4"),
+    ("--log-std-min 3", "--log-std-min 3.0: must be below --log-std-max, here 2.0"),
+    ("--threads 0", "--threads 0: must be in [1, inf)"),
+    ("--device gpu", "--device gpu: not usable here; allowed: cpu"),
+    ("--per-context", "--per-context: allowed only with --eval RUN_FOLDER"),
+    ("--eval nowhere", "--eval nowhere: no run folder"),
+    ("--eval nowhere --steps 5", "--steps: not with --eval"),
+    ("--eval nowhere --benchmark", "not allowed with argument --eval"),
+    ("--out /dev/null", "--out /dev/null: cannot write"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD_COMMANDS)
+def test_bad_input_gets_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert dmash.main(arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("dmash.py: error: ") and message in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+DAMAGES = [
+    ("checkpoint.pt", lambda data: data[: len(data) // 2], "checkpoint.pt cannot be read"),
+    ("checkpoint.pt", lambda data: b"", "checkpoint.pt cannot be read"),
+    ("checkpoint.pt", None, "no checkpoint.pt"),
+    ("config.json", lambda data: data[:20], "config.json cannot be read"),
+    ("config.json", lambda data: b"[1]", "config.json cannot be read"),
+    ("config.json", lambda data: data.replace(b'"gamma": 0.99', b'"gamma": 7'), "--gamma 7: must be in [0, 1]"),
+    ("config.json", lambda data: data.replace(b'"gamma"', b'"gamme"'), "config.json cannot be read"),
+    ("config.json", lambda data: data.replace(b'"hidden": 256', b'"hidden": 128'), "checkpoint.pt cannot be read"),
+    ("config.json", None, "no run folder"),
+]
+
+
+@pytest.mark.parametrize("name, damage, message", DAMAGES)
+def test_damaged_run_folders_are_named_as_such(name, damage, message, run, tmp_path, capsys):
+    for path in run.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(damage(data)) if damage else os.remove(tmp_path / name)
+    assert dmash.main(["--eval", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error, error
+
+
+def test_a_checkpoint_from_a_stranger_runs_no_code(run, tmp_path, capsys):
+    class Attack:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "attacked"),))
+
+    for path in run.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.save({"g": Attack()}, tmp_path / "checkpoint.pt")
+    assert dmash.main(["--eval", str(tmp_path)]) == 2
+    assert "checkpoint.pt cannot be read" in capsys.readouterr().err and not (tmp_path / "attacked").exists()
