@@ -1,19 +1,23 @@
-"""The Actuator Inversion Benchmark (AIB): environments whose hidden context may flip an actuator.
+"""The Actuator Inversion Benchmark (AIB): environments whose hidden context may flip or swap actuators.
 
 A context `c` is fixed during an episode and changes the dynamics only; the agent never observes it.
 
-    env = make("cartpole_inv", length=0.7, action_factor=-1)     # one gymnasium.Env
-    sets = context_sets("cartpole_inv")                          # {"train": [{...}, ...], "eval_in": ..., "eval_out": ...}
-    envs = VectorEnv("cartpole_inv", sets["train"])              # one environment a context, stepped together
+    env = make("cartpole_inv", length=0.7, action_factor=-1)   # one gymnasium.Env
+    sets = context_sets("cartpole_inv")                        # {"train": [{...}, ...], "eval_in": [...], ...}
+    envs = VectorEnv("cartpole_inv", sets["train"], seed=0)    # one instance a context, stepped together
 
-The table ENVS at the end of this file declares every environment once; `make`, `context_sets` and all checks
-read it. To add an environment: write a class below with the sections model, measurements, reset, observation,
-reward in that order, and give it a row in ENVS.
+    gymnasium.make("aib_envs:aib/cartpole_inv-v0", length=0.7, action_factor=-1)   # the same as make(...)
+
+Every environment is a `Task`, written once for N instances side by side; `VectorEnv` and the Gymnasium environment
+(N = 1) are two thin views of it. A task class reads in the same order everywhere: constants, model, measurements,
+reset, observation, reward. The table ENVS at the end declares every environment's contexts and horizon once; `make`,
+`context_sets`, the registry and all checks read it.
 """
 
 import difflib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium
@@ -33,6 +37,7 @@ class ContextDim(NamedTuple):
     train: tuple[float, float]
     extrapolation: tuple[float, float] | None = None
     positive: bool = False  # physically impossible at or below zero
+    only: tuple[float, ...] | None = None  # the only values that mean anything
 
     @property
     def binary(self):
@@ -44,20 +49,32 @@ class ContextDim(NamedTuple):
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number) or (self.positive and number <= 0):
-            allowed = "a finite number above 0" if self.positive else "a finite number"
+        if self.only is not None:
+            ok, allowed = number in self.only, " or ".join(f"{v:g}" for v in self.only)
+        elif self.positive:
+            ok, allowed = math.isfinite(number) and number > 0, "a finite number above 0"
+        else:
+            ok, allowed = math.isfinite(number), "a finite number"
+        if not ok or isinstance(value, (str, bool)):
             raise ValueError(f"context {self.name}={value!r}: must be {allowed}")
         return number
 
 
-MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), positive=True)
+MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), positive=True)  # kg
+FRICTION = ContextDim("friction", 1.0, (0.5, 1.5), (0.1, 2.0))  # kg/s
 ACTION_FACTOR = ContextDim("action_factor", 1.0, (-1.0, 1.0))  # multiplies the action: -1 inverts every actuator
+SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))  # 1 exchanges the two actuators
 POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), positive=True)  # half the pole, m
+LENGTH_SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), positive=True)  # multiplies limb lengths
+CUP_GRAVITY = ContextDim("gravity", 9.81, (8.0, 12.0), (1.0, 20.0))  # m/s²
+STRING_LENGTH = ContextDim("distance", 0.3, (0.24, 0.36), (0.1, 0.5), positive=True)  # m
+GRAVITY = ContextDim("gravity", 9.81, (4.91, 14.71), (0.98, 19.62))  # m/s²
+STRENGTH = ContextDim("actuator_strength", 1.0, (0.5, 1.5), (0.1, 2.0))  # multiplies the actuators' gear
 
 
-def coefficient(i):
-    """c_i of the ODE environments."""
-    return ContextDim(f"c{i}", 0.0, (-5.0, 5.0), (-10.0, 10.0))
+def coefficients(k):
+    """c_0 ... c_{k-1} of the ODE environments."""
+    return tuple(ContextDim(f"c{i}", 0.0, (-5.0, 5.0), (-10.0, 10.0)) for i in range(k))
 
 
 def context_sets(env_id, n=20, seed=0):
@@ -100,44 +117,131 @@ def context_sets(env_id, n=20, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Actuator wrappers, for these environments and any other
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class ActuatorInversion(gymnasium.ActionWrapper):
+    """Multiplies each action by `signs`, a scalar or one number an actuator (-1 inverts).
+
+    ActuatorInversion(gymnasium.make("Pendulum-v1"), -1). The action space must be symmetric about zero, for what is
+    inverted to stay inside it; ValueError if it is not, or if `signs` has neither size 1 nor one entry an actuator.
+    """
+
+    def __init__(self, env, signs):
+        super().__init__(env)
+        space = env.action_space
+        self.signs = np.asarray(signs, dtype=np.float64)
+        if not isinstance(space, gymnasium.spaces.Box) or not np.array_equal(space.low, -space.high):
+            raise ValueError(f"action space {space}: must be a Box symmetric about zero")
+        if self.signs.shape not in ((), (1,), space.shape) or not np.isfinite(self.signs).all():
+            raise ValueError(f"signs {signs!r}: must be a finite number, or one for each of {space.shape} actuators")
+
+    @staticmethod
+    def route(action, signs):
+        return action * signs
+
+    def action(self, action):
+        return self.route(np.asarray(action), self.signs).astype(self.action_space.dtype)
+
+
+class ActuatorPermutation(gymnasium.ActionWrapper):
+    """Sends entry `order[i]` of the action to actuator i. ValueError if `order` is no permutation of the actuators."""
+
+    def __init__(self, env, order):
+        super().__init__(env)
+        self.order = np.asarray(order)
+        size = env.action_space.shape[-1] if env.action_space.shape else 0
+        if sorted(np.ravel(self.order).tolist()) != list(range(size)):
+            raise ValueError(f"order {order!r}: must be a permutation of 0 ... {size - 1}")
+
+    @staticmethod
+    def route(action, order):
+        """action (d_a,) and order (d_a,), or a row of each an instance."""
+        return action[order] if action.ndim == 1 else action[np.arange(len(action))[:, None], order]
+
+    def action(self, action):
+        return self.route(np.asarray(action), self.order)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # What all environments share
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class ContextualEnv(gymnasium.Env):
-    """An environment with a context, a fixed horizon and no terminal state.
+class Task:
+    """N instances of an environment, one a context, stepped together. Arrays have a row an instance.
 
-    A subclass sets `self.observation_space` and `self.action_space` and defines, in this order: the model (its
-    constructor), measurements, `initial_state`, `set_state`, `advance`, `observation` and `reward`.
+    A subclass gives the sizes d_s, d_a, state_size and defines, in this order: its model (`build`), measurements,
+    `initial_state`, `set_state`, `state`, `advance`, `observation`, `reward`, `picture`.
     """
 
-    metadata = {"render_modes": []}
+    def __init__(self, contexts):
+        self.contexts = [dict(context) for context in contexts]
+        self.N = len(self.contexts)
+        self.build()
 
-    def __init__(self, context, horizon):
-        self.context, self.horizon = context, horizon
-        self.t = 0
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (self.d_s,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (self.d_a,), np.float32)
+    def build(self):
+        """Makes everything that depends on the contexts, from nominal values."""
+        self.c = {name: np.array([context[name] for context in self.contexts]) for name in self.contexts[0]}
+        self.signs = self.c["action_factor"][:, None] if "action_factor" in self.c else None
+        self.order = np.where(self.c["swap"][:, None] == 1, [1, 0], [0, 1]) if "swap" in self.c else None
 
-    def reset(self, *, seed=None, options=None):
-        """Starts an episode, from `options["state"]` if given. Returns (observation, {"context": dict})."""
-        super().reset(seed=seed)
-        self.t = 0
-        state = self.initial_state() if not options or "state" not in options else options["state"]
-        state = np.asarray(state, dtype=np.float64)
-        if state.shape != (self.state_size,) or not np.isfinite(state).all():
-            raise ValueError(f"state {state.tolist()}: must be {self.state_size} finite numbers")
+    def set_contexts(self, contexts):
+        """Gives every instance another context and keeps its physical state."""
+        state = self.state()
+        self.contexts = [dict(context) for context in contexts]
+        self.build()
         self.set_state(state)
-        return self.observation(), {"context": dict(self.context)}
 
-    def step(self, action):
-        """One step of `action`, (d_a,) in [-1, 1]. Never terminates; truncates at the horizon."""
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (self.d_a,) or not np.isfinite(action).all():
-            raise ValueError(f"action {action.tolist()}: must be {self.d_a} finite numbers")
-        self.advance(action)
-        self.t += 1
-        return self.observation(), self.reward(), False, self.t >= self.horizon, {"context": dict(self.context)}
+    def reset(self, rngs):
+        """Starts an episode in every instance, each from its own numpy Generator."""
+        self.set_state(np.stack([self.initial_state(i, rng) for i, rng in enumerate(rngs)]))
+
+    def step(self, actions):
+        """One step of actions (N, d_a) in [-1, 1]; then `observation` and `reward` are those of the new state."""
+        if actions.shape != (self.N, self.d_a) or not np.isfinite(actions).all():
+            raise ValueError(f"actions {actions.tolist()}: must be {self.N} x {self.d_a} finite numbers")
+        if self.signs is not None:
+            actions = ActuatorInversion.route(actions, self.signs)
+        if self.order is not None:
+            actions = ActuatorPermutation.route(actions, self.order)
+        self.advance(actions)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures, drawn without OpenGL: every environment moves in a plane
+# ---------------------------------------------------------------------------------------------------------------
+
+RED, GREEN, BLUE, GREY = (200, 80, 70), (120, 180, 110), (70, 100, 170), (150, 150, 150)
+
+
+class Shape(NamedTuple):
+    """A line with round ends: a capsule, or a disc where both ends are one point. Metres."""
+
+    start: np.ndarray  # (2,)
+    end: np.ndarray  # (2,)
+    radius: float
+    colour: tuple[int, int, int]
+
+
+class View(NamedTuple):
+    """What a square picture shows. Metres."""
+
+    centre: np.ndarray  # (2,)
+    width: float
+
+
+def draw(view, shapes, size=256):
+    """The picture, (size, size, 3), uint8; later shapes cover earlier ones."""
+    picture = np.full((size, size, 3), 245, dtype=np.uint8)
+    ticks = (np.arange(size) + 0.5) / size - 0.5
+    x, y = view.centre[0] + view.width * ticks, view.centre[1] - view.width * ticks[:, None]  # (size,), (size, 1)
+    for start, end, radius, colour in shapes:
+        (dx, dy), length = end - start, np.sum((end - start) ** 2)
+        along = np.clip(((x - start[0]) * dx + (y - start[1]) * dy) / max(length, 1e-12), 0, 1)  # nearest point's place
+        picture[np.hypot(x - start[0] - along * dx, y - start[1] - along * dy) <= radius] = colour
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -145,36 +249,46 @@ class ContextualEnv(gymnasium.Env):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class DoubleIntegrator(ContextualEnv):
+class DoubleIntegrator(Task):
     """A point mass in the plane, pushed by a force; it is to reach the origin and stay there.
 
-    Context: mass (kg), action_factor. Observation and state [p (2), v (2)]. Reward 1 within .1 of the origin.
+    Context: mass, and action_factor, friction or swap. Observation and state [p (2), v (2)]; reward 1 within .1 m.
     """
 
     d_s, d_a, state_size = 4, 2, 4
     DT = 0.1  # s
     GOAL_RADIUS = 0.1  # m
 
-    def initial_state(self):
-        corner = self.np_random.choice([-1.0, 1.0], size=2)
-        return np.concatenate([corner * self.np_random.uniform(0.8, 1.0, size=2), np.zeros(2)])  # at rest
+    def initial_state(self, i, rng):
+        corner = rng.choice([-1.0, 1.0], size=2)
+        return np.concatenate([corner * rng.uniform(0.8, 1.0, size=2), np.zeros(2)])  # at rest
 
     def set_state(self, state):
-        self.p, self.v = state[:2].copy(), state[2:].copy()
+        self.p, self.v = state[:, :2].copy(), state[:, 2:].copy()
 
-    def advance(self, action):
-        force = np.clip(self.context["action_factor"] * action, -1, 1)
+    def state(self):
+        return np.concatenate([self.p, self.v], axis=-1)
+
+    def advance(self, actions):
+        force, mass = np.clip(actions, -1, 1), self.c["mass"][:, None]
+        keep = 1 - self.DT * self.c["friction"][:, None] / mass if "friction" in self.c else 1.0
         self.p = np.clip(self.p + self.DT * self.v, -1, 1)  # first, with the old velocity
-        self.v = np.clip(self.v + self.DT * force / self.context["mass"], -1, 1)
+        self.v = np.clip(self.v * keep + self.DT * force / mass, -1, 1)
 
-    def observation(self):
-        return np.concatenate([self.p, self.v]).astype(np.float32)
+    observation = state
 
     def reward(self):
-        return float(np.linalg.norm(self.p) <= self.GOAL_RADIUS)
+        return (np.linalg.norm(self.p, axis=-1) <= self.GOAL_RADIUS).astype(float)
+
+    def picture(self, i):
+        origin = np.zeros(2)
+        return View(origin, 2.4), [
+            Shape(origin, origin, self.GOAL_RADIUS, GREEN),
+            Shape(self.p[i], self.p[i], 0.05, BLUE),
+        ]
 
 
-class ODE(ContextualEnv):
+class ODE(Task):
     """A scalar x driven by Re(c_0 a + c_1 a^2 + ...) with the action read as a complex number a; to be held at 0.
 
     Context: c0, c1, ... Observation and state [x]. Reward in tiers of |x|.
@@ -182,24 +296,38 @@ class ODE(ContextualEnv):
 
     d_s, d_a, state_size = 1, 2, 1
     DT = 0.01  # s
-    TIERS = ((0.05, 1.0), (0.1, 1 / 2), (0.2, 1 / 3), (0.5, 1 / 4), (2.0, 0.05))  # (|x| below, reward)
+    TIERS = ((2.0, 0.05), (0.5, 1 / 4), (0.2, 1 / 3), (0.1, 1 / 2), (0.05, 1.0))  # |x| below, reward
 
-    def initial_state(self):
-        return self.np_random.uniform(-1.0, 1.0, size=1)
+    def initial_state(self, i, rng):
+        return rng.uniform(-1.0, 1.0, size=1)
 
     def set_state(self, state):
-        self.x = float(state[0])
+        self.x = state[:, 0].copy()
 
-    def advance(self, action):
-        a = complex(*action)
-        slope = sum(c * a ** (i + 1) for i, c in enumerate(self.context.values())).real
-        self.x = min(max(self.x + self.DT * slope, -20.0), 20.0)
+    def state(self):
+        return self.x[:, None].copy()
 
-    def observation(self):
-        return np.array([self.x], dtype=np.float32)
+    def advance(self, actions):
+        a = actions[:, 0] + 1j * actions[:, 1]
+        slope = sum(c * a ** (k + 1) for k, c in enumerate(self.c.values())).real
+        self.x = np.clip(self.x + self.DT * slope, -20.0, 20.0)
+
+    observation = state
 
     def reward(self):
-        return next((reward for below, reward in self.TIERS if abs(self.x) < below), 0.0)
+        reward = np.zeros(self.N)
+        for below, value in self.TIERS:
+            reward[np.abs(self.x) < below] = value
+        return reward
+
+    def picture(self, i):
+        goal, x = self.TIERS[-1][0], np.array([self.x[i], 0.0])
+        ends = np.array([[-20.0, 0.0], [20.0, 0.0]])
+        return View(np.array([np.clip(x[0], -18, 18) * 0.9, 0.0]), 4.0), [
+            Shape(*ends, 0.01, GREY),
+            Shape(np.array([-goal, 0.0]), np.array([goal, 0.0]), 0.04, GREEN),
+            Shape(x, x, 0.06, BLUE),
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -207,64 +335,503 @@ class ODE(ContextualEnv):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def tolerance(x, margin):
+def near(x, margin):
     """1 at x = 0, falling like a Gaussian to .1 at |x| = margin."""
     return 0.1 ** ((x / margin) ** 2)
 
 
-class Cartpole(ContextualEnv):
+class MujocoTask(Task):
+    """A task on MuJoCo models. State: qpos, then qvel.
+
+    A subclass gives `xml(context)`, written from nominal values each time, and SUBSTEPS. A task that reads SENSORS
+    needs them for the new state, which mj_step leaves one step behind: there, positions and velocities are integrated
+    first (mj_step2), then what follows from them is computed (mj_step1).
+    """
+
+    SUBSTEPS, SENSORS = 1, False
+    AXES = (0, 2)  # the world axes that a picture shows, right and up
+
+    def build(self):
+        super().build()
+        self.models = [self.model(context) for context in self.contexts]
+        self.datas = [mujoco.MjData(model) for model in self.models]
+        self.pairs = list(zip(self.models, self.datas))
+        self.ctrls = [data.ctrl for data in self.datas]  # views, made once: looking them up costs more than a copy
+        self.qposes, self.qvels = [data.qpos for data in self.datas], [data.qvel for data in self.datas]
+
+    def model(self, context):
+        return mujoco.MjModel.from_xml_string(self.xml(context))
+
+    def measure(self):
+        self.qpos, self.qvel = np.array(self.qposes), np.array(self.qvels)  # (N, nq), (N, nv)
+
+    def set_state(self, state):
+        for (model, data), row in zip(self.pairs, state):
+            mujoco.mj_resetData(model, data)
+            data.qpos[:], data.qvel[:] = row[: model.nq], row[model.nq :]
+            mujoco.mj_forward(model, data)
+        self.measure()
+
+    def state(self):
+        return np.concatenate([self.qpos, self.qvel], axis=-1)
+
+    def advance(self, actions):
+        for ctrl, action in zip(self.ctrls, actions):
+            ctrl[:] = action
+        for model, data in self.pairs:
+            if self.SENSORS:
+                mujoco.mj_step2(model, data)
+                if self.SUBSTEPS > 1:
+                    mujoco.mj_step(model, data, self.SUBSTEPS - 1)
+                mujoco.mj_step1(model, data)
+            else:
+                mujoco.mj_step(model, data, self.SUBSTEPS)
+        self.measure()
+
+    def observation(self):
+        return np.concatenate([self.qpos, self.qvel], axis=-1)
+
+    @staticmethod
+    def random_joints(model, rng):
+        """qpos with limited joints uniform in their range and unlimited hinges in [-π, π]."""
+        qpos = np.zeros(model.nq)
+        for j in range(model.njnt):
+            if model.jnt_limited[j]:
+                qpos[j] = rng.uniform(*model.jnt_range[j])
+            elif model.jnt_type[j] == mujoco.mjtJoint.mjJNT_HINGE:
+                qpos[j] = rng.uniform(-np.pi, np.pi)
+        return qpos
+
+    def picture(self, i):
+        """Every geom of the model but the ground, as it is now."""
+        model, data = self.pairs[i]
+        mujoco.mj_kinematics(model, data)
+        axes, shapes = list(self.AXES), []
+        if (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE).any():
+            shapes.append(Shape(np.array([-1000.0, -0.01]), np.array([1000.0, -0.01]), 0.01, GREY))
+        for g in range(model.ngeom):
+            size, along = model.geom_size[g], data.geom_xmat[g].reshape(3, 3)[:, 2]
+            if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_BOX:
+                along, size = data.geom_xmat[g].reshape(3, 3)[:, 0], (size[2], size[0])
+            if model.geom_type[g] != mujoco.mjtGeom.mjGEOM_PLANE:
+                half = 0 * along if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_SPHERE else size[1] * along
+                ends = data.geom_xpos[g] - half, data.geom_xpos[g] + half
+                shapes.append(Shape(*(end[axes] for end in ends), size[0], BLUE if g % 2 else RED))
+        return View(self.centre(i), self.WIDTH), shapes
+
+    def centre(self, i):
+        """What a picture is centred on: the body that the others hang on, at a fixed height."""
+        return np.array([self.datas[i].xpos[1][0], 0.35 * self.WIDTH])
+
+
+class Cartpole(MujocoTask):
     """DMC cartpole balance: keep the pole upright and the cart in the middle, with little force.
 
     Context: length (half the pole, m; its mass stays .1 kg), action_factor.
-    Observation [x, cos θ, sin θ, ẋ, θ̇]; state [x, θ, ẋ, θ̇] (qpos, qvel), θ = 0 upright. Reward in [0, 1].
+    Observation [x, cos θ, sin θ, ẋ, θ̇]; state [x, θ, ẋ, θ̇], θ = 0 upright. Reward in [0, 1].
     """
 
     d_s, d_a, state_size = 5, 1, 4
-    MODEL = """
-    <mujoco model="cartpole">
-      <option timestep="0.01" integrator="RK4"><flag contact="disable"/></option>
-      <worldbody>
-        <body name="cart" pos="0 0 1">
-          <joint name="slider" type="slide" axis="1 0 0" limited="true" range="-1.8 1.8" solreflimit=".08 1"
-                 damping="5e-4"/>
-          <geom type="box" size=".2 .15 .1" mass="1"/>
-          <body name="pole">
-            <joint name="hinge" type="hinge" axis="0 1 0" damping="2e-6"/>
-            <geom type="capsule" fromto="0 0 0 0 0 {pole}" size=".045" mass=".1"/>
-          </body>
-        </body>
-      </worldbody>
-      <actuator><motor joint="slider" gear="10" ctrllimited="true" ctrlrange="-1 1"/></actuator>
-    </mujoco>"""
+    WIDTH = 4.5  # m
 
-    def __init__(self, context, horizon):
-        super().__init__(context, horizon)
-        self.model = mujoco.MjModel.from_xml_string(self.MODEL.format(pole=2 * context["length"]))
-        self.data = mujoco.MjData(self.model)
+    def xml(self, context):
+        return f"""
+        <mujoco model="cartpole">
+          <option timestep="0.01" integrator="RK4"><flag contact="disable"/></option>
+          <worldbody>
+            <body name="cart" pos="0 0 1">
+              <joint name="slider" type="slide" axis="1 0 0" limited="true" range="-1.8 1.8" solreflimit=".08 1"
+                     damping="5e-4"/>
+              <geom type="box" size=".2 .15 .1" mass="1"/>
+              <body name="pole">
+                <joint name="hinge" type="hinge" axis="0 1 0" damping="2e-6"/>
+                <geom type="capsule" fromto="0 0 0 0 0 {2 * context["length"]}" size=".045" mass=".1"/>
+              </body>
+            </body>
+          </worldbody>
+          <actuator><motor joint="slider" gear="10" ctrllimited="true" ctrlrange="-1 1"/></actuator>
+        </mujoco>"""
 
-    def initial_state(self):
-        rng = self.np_random
+    def initial_state(self, i, rng):
         return np.concatenate([[rng.uniform(-0.1, 0.1), rng.uniform(-0.034, 0.034)], 0.01 * rng.standard_normal(2)])
 
-    def set_state(self, state):
-        mujoco.mj_resetData(self.model, self.data)
-        self.data.qpos[:], self.data.qvel[:] = state[:2], state[2:]
-
-    def advance(self, action):
-        self.data.ctrl[:] = self.context["action_factor"] * action
-        mujoco.mj_step(self.model, self.data)  # observation and reward need nothing but the new qpos and qvel
-
     def observation(self):
-        (x, theta), (dx, dtheta) = self.data.qpos, self.data.qvel
-        return np.array([x, math.cos(theta), math.sin(theta), dx, dtheta], dtype=np.float32)
+        (x, theta), (dx, dtheta) = self.qpos.T, self.qvel.T
+        return np.stack([x, np.cos(theta), np.sin(theta), dx, dtheta], axis=-1)
 
     def reward(self):
-        (x, theta), (_, dtheta), (force,) = self.data.qpos, self.data.qvel, self.data.ctrl
-        upright = (1 + math.cos(theta)) / 2
-        centered = (1 + tolerance(x, margin=2)) / 2
-        small_control = (4 + max(0.0, 1 - force**2)) / 5
-        small_velocity = (1 + tolerance(dtheta, margin=5)) / 2
-        return float(upright * centered * small_control * small_velocity)
+        (x, theta), dtheta, force = self.qpos.T, self.qvel[:, 1], np.array(self.ctrls)[:, 0]
+        upright = (1 + np.cos(theta)) / 2
+        centered = (1 + near(x, margin=2)) / 2
+        small_control = (4 + np.maximum(0.0, 1 - force**2)) / 5
+        small_velocity = (1 + near(dtheta, margin=5)) / 2
+        return upright * centered * small_control * small_velocity
+
+
+class Reacher(MujocoTask):
+    """DMC reacher: bring the finger of a two-link arm to a target, big (easy) or small (hard).
+
+    Context: length (scales both links), and action_factor or swap.
+    Observation [shoulder, wrist, finger to target (2), velocities (2)]; reward 1 while the finger touches the target.
+    """
+
+    d_s, d_a, state_size = 6, 2, 4
+    AXES, WIDTH = (0, 1), 0.8  # m
+    LINK = 0.12  # m, shoulder to wrist and wrist to finger
+    FINGER = 0.01  # m, radius
+    TARGET = 0.05  # m, radius
+
+    def __init__(self, contexts):
+        self.target = np.zeros((len(contexts), 2))
+        super().__init__(contexts)
+
+    def xml(self, context):
+        scale = context["length"]
+        return f"""
+        <mujoco model="reacher">
+          <option timestep="0.02"><flag contact="disable"/></option>
+          <default><joint type="hinge" axis="0 0 1" damping="0.01"/></default>
+          <worldbody>
+            <body name="arm" pos="0 0 .01">
+              <geom type="capsule" fromto="0 0 0 {0.12 * scale} 0 0" size=".01"/>
+              <joint name="shoulder"/>
+              <body name="hand" pos="{0.12 * scale} 0 0">
+                <geom type="capsule" fromto="0 0 0 {0.1 * scale} 0 0" size=".01"/>
+                <joint name="wrist" limited="true" range="-160 160"/>
+                <body name="finger" pos="{0.12 * scale} 0 0"><geom type="sphere" size=".01"/></body>
+              </body>
+            </body>
+          </worldbody>
+          <actuator>
+            <motor joint="shoulder" gear=".05" ctrllimited="true" ctrlrange="-1 1"/>
+            <motor joint="wrist" gear=".05" ctrllimited="true" ctrlrange="-1 1"/>
+          </actuator>
+        </mujoco>"""
+
+    def measure(self):
+        super().measure()
+        directions = self.qpos.cumsum(-1)  # of both links, (N, 2)
+        (x1, x2), (y1, y2) = np.cos(directions).T, np.sin(directions).T
+        self.to_target = self.target - (self.LINK * self.c["length"] * np.array([x1 + x2, y1 + y2])).T
+
+    def initial_state(self, i, rng):
+        qpos = self.random_joints(self.models[i], rng)
+        angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.2)
+        self.target[i] = radius * np.sin(angle), radius * np.cos(angle)
+        return np.concatenate([qpos, np.zeros(2)])
+
+    def observation(self):
+        return np.concatenate([self.qpos, self.to_target, self.qvel], axis=-1)
+
+    def reward(self):
+        return (np.hypot(*self.to_target.T) <= self.TARGET + self.FINGER).astype(float)
+
+    def picture(self, i):
+        view, shapes = super().picture(i)
+        return view, [Shape(self.target[i], self.target[i], self.TARGET, GREEN)] + shapes
+
+    def centre(self, i):
+        return np.zeros(2)
+
+
+class HardReacher(Reacher):
+    """Reacher with a small target."""
+
+    TARGET = 0.015  # m, radius
+
+
+class BallInCup(MujocoTask):
+    """DMC ball in cup: swing a ball on a string into a cup that moves in the vertical plane.
+
+    Context: gravity, distance (of the string, m). Observation and state [cup x, z, ball x, z, velocities (4)].
+    Reward 1 while the ball is in the cup.
+    """
+
+    d_s, d_a, state_size = 8, 2, 8
+    SUBSTEPS, WIDTH = 10, 1.2  # m
+
+    def xml(self, context):
+        string = context["distance"]
+        return f"""
+        <mujoco model="ball in cup">
+          <option gravity="0 0 {-context["gravity"]}"/>
+          <default>
+            <default class="cup">
+              <joint type="slide" damping="3" stiffness="20"/>
+              <geom type="capsule" size=".008"/>
+            </default>
+          </default>
+          <worldbody>
+            <geom name="ground" type="plane" size=".6 .2 10"/>
+            <body name="cup" pos="0 0 .6" childclass="cup">
+              <joint name="cup_x" axis="1 0 0"/>
+              <joint name="cup_z" axis="0 0 1"/>
+              <geom fromto="-.05 0 0 -.05 0 -.075"/>
+              <geom fromto="-.05 0 -.075 -.025 0 -.1"/>
+              <geom fromto="-.025 0 -.1 .025 0 -.1"/>
+              <geom fromto=".025 0 -.1 .05 0 -.075"/>
+              <geom fromto=".05 0 -.075 .05 0 0"/>
+              <site name="cup" pos="0 0 -.108" size=".005"/>
+            </body>
+            <body name="ball" pos="0 0 {0.2 + 0.3 - string}">
+              <joint name="ball_x" type="slide" axis="1 0 0"/>
+              <joint name="ball_z" type="slide" axis="0 0 1"/>
+              <geom type="sphere" size=".025"/>
+              <site name="ball" size=".005"/>
+            </body>
+          </worldbody>
+          <tendon>
+            <spatial name="string" limited="true" range="0 {string}" width="0.003">
+              <site site="ball"/><site site="cup"/>
+            </spatial>
+          </tendon>
+          <actuator>
+            <motor joint="cup_x" gear="5" ctrllimited="true" ctrlrange="-1 1"/>
+            <motor joint="cup_z" gear="5" ctrllimited="true" ctrlrange="-1 1"/>
+          </actuator>
+        </mujoco>"""
+
+    def ball_to_target(self):
+        """From the ball's centre to the middle of the cup, (N, 2)."""
+        cup_x, cup_z, ball_x, ball_z = self.qpos.T
+        return np.stack([cup_x - ball_x, (0.6 - 0.05 + cup_z) - (0.5 - self.c["distance"] + ball_z)], axis=-1)
+
+    def initial_state(self, i, rng):
+        model, data = self.pairs[i]
+        while True:  # until the ball touches nothing
+            mujoco.mj_resetData(model, data)
+            data.qpos[2:] = rng.uniform(-0.2, 0.2), rng.uniform(0.2, 0.5)
+            mujoco.mj_forward(model, data)
+            if data.ncon == 0:
+                return np.concatenate([data.qpos, data.qvel])
+
+    def reward(self):
+        inside = np.abs(self.ball_to_target()) < 0.05 - 0.025  # half the cup less the ball's radius
+        return inside.all(axis=-1).astype(float)
+
+
+class Cheetah(MujocoTask):
+    """DMC cheetah run: a planar two-legged runner, rewarded for speed up to 10 m/s.
+
+    Context: length (scales the legs; the total mass stays 14 kg), action_factor.
+    Observation: qpos without the horizontal position, then qvel. Reward in [0, 1].
+    """
+
+    d_s, d_a, state_size = 17, 6, 18
+    SENSORS, WIDTH = True, 3.0  # m
+    SPEED = 10.0  # m/s, for full reward
+    SETTLE = 200  # steps
+    MASS = 14.0  # kg
+
+    def xml(self, context):
+        s = context["length"]
+
+        def leg(name, body, joint, position, angle, half, child=""):
+            """A body with its hinge and capsule: offset (x, z), (range, stiffness, damping), geom position (x, z)."""
+            (x, z), (low, high, stiffness, damping), (gx, gz) = body, joint, position
+            return f"""
+            <body name="{name}" pos="{x} 0 {z}">
+              <joint name="{name}" range="{low} {high}" stiffness="{stiffness}" damping="{damping}"/>
+              <geom pos="{gx * s} 0 {gz * s}" euler="0 {angle} 0" size=".046 {half * s}"/>{child}
+            </body>"""
+
+        bfoot = leg("bfoot", (-0.28 * s, -0.14 * s), (-230, 50, 120, 3), (0.03, -0.097), -15, 0.094)
+        bshin = leg("bshin", (0.16 * s, -0.25 * s), (-50, 50, 180, 4.5), (-0.14, -0.07), -116, 0.15, bfoot)
+        bthigh = leg("bthigh", (-0.5, 0), (-30, 60, 240, 6), (0.1, -0.13), -218, 0.145, bshin)
+        ffoot = leg("ffoot", (0.13 * s, -0.18 * s), (-28, 28, 60, 1.5), (0.045, -0.07), -34, 0.07)
+        fshin = leg("fshin", (-0.14 * s, -0.24 * s), (-70, 50, 120, 3), (0.065, -0.09), -34, 0.106, ffoot)
+        fthigh = leg("fthigh", (0.5, 0), (-57, 0.4, 180, 4.5), (-0.07, -0.12), 30, 0.133, fshin)
+        gears = {"bthigh": 120, "bshin": 90, "bfoot": 60, "fthigh": 90, "fshin": 60, "ffoot": 30}
+        motors = "".join(f'<motor joint="{joint}" gear="{gear}"/>' for joint, gear in gears.items())
+        return f"""
+        <mujoco model="cheetah">
+          <option timestep="0.01"/>
+          <default>
+            <motor ctrllimited="true" ctrlrange="-1 1"/>
+            <geom type="capsule" friction=".4 .1 .1"/>
+            <joint limited="true" damping=".01" armature=".1" stiffness="8" type="hinge" axis="0 1 0"/>
+            <default class="root"><joint limited="false" damping="0" armature="0" stiffness="0"/></default>
+          </default>
+          <worldbody>
+            <geom name="ground" type="plane" conaffinity="1" pos="98 0 0" size="100 .8 .5" friction="1 .005 .0001"/>
+            <body name="torso" pos="0 0 .7">
+              <joint name="rootx" type="slide" axis="1 0 0" class="root"/>
+              <joint name="rootz" type="slide" axis="0 0 1" class="root"/>
+              <joint name="rooty" axis="0 1 0" class="root"/>
+              <geom fromto="-.5 0 0 .5 0 0" size=".046"/>
+              <geom pos=".6 0 .1" euler="0 50 0" size=".046 .15"/>{bthigh}{fthigh}
+            </body>
+          </worldbody>
+          <actuator>{motors}</actuator>
+          <sensor><subtreelinvel body="torso"/></sensor>
+        </mujoco>"""
+
+    def model(self, context):
+        model = super().model(context)
+        mujoco.mj_setTotalmass(model, self.MASS)
+        mujoco.mj_setConst(model, mujoco.MjData(model))
+        return model
+
+    def speed(self):
+        return np.array([data.sensordata[0] for data in self.datas])
+
+    def initial_state(self, i, rng):
+        model, data = self.pairs[i]
+        mujoco.mj_resetData(model, data)
+        mujoco.mj_forward(model, data)
+        limited = model.jnt_limited == 1
+        data.qpos[limited] = rng.uniform(*model.jnt_range[limited].T)
+        mujoco.mj_step2(model, data)  # as in dm_control, still with the forces of the default pose
+        mujoco.mj_step(model, data, self.SETTLE - 1)  # falls to the ground
+        return np.concatenate([data.qpos, data.qvel])
+
+    def observation(self):
+        return np.concatenate([self.qpos[:, 1:], self.qvel], axis=-1)
+
+    def reward(self):
+        return np.clip(self.speed() / self.SPEED, 0, 1)
+
+
+class Walker(MujocoTask):
+    """DMC walker walk: a planar biped, rewarded for an upright torso at height and 1 m/s.
+
+    Context: gravity, actuator_strength. Observation: torso height, cosine and sine of each of the seven bodies'
+    angles, qvel. Reward in [0, 1].
+    """
+
+    d_s, d_a, state_size = 24, 6, 18
+    SUBSTEPS, SENSORS, WIDTH = 10, True, 3.0  # m
+    HEIGHT = 1.2  # m
+    SPEED = 1.0  # m/s
+
+    def xml(self, context):
+        def leg(side, y):
+            return f"""
+            <body name="{side}_thigh" pos="0 {y} -.3">
+              <joint name="{side}_hip" range="-20 100"/>
+              <geom pos="0 0 -.225" size=".05 .225"/>
+              <body name="{side}_leg" pos="0 0 -.7">
+                <joint name="{side}_knee" pos="0 0 .25" range="-150 0"/>
+                <geom size=".04 .25"/>
+                <body name="{side}_foot" pos=".06 0 -.25">
+                  <joint name="{side}_ankle" pos="-.06 0 0" range="-45 45"/>
+                  <geom zaxis="1 0 0" size=".05 .1"/>
+                </body>
+              </body>
+            </body>"""
+
+        gears = {"hip": 100, "knee": 50, "ankle": 20}
+        motors = "".join(
+            f'<motor joint="{side}_{joint}" gear="{gear * context["actuator_strength"]}"/>'
+            for side in ("right", "left")
+            for joint, gear in gears.items()
+        )
+        return f"""
+        <mujoco model="walker">
+          <option timestep="0.0025" gravity="0 0 {-context["gravity"]}"/>
+          <default>
+            <motor ctrllimited="true" ctrlrange="-1 1"/>
+            <geom type="capsule" contype="1" conaffinity="0" friction=".7 .1 .1"/>
+            <joint axis="0 -1 0" damping=".1" armature=".01" limited="true" solimplimit="0 .99 .01"/>
+            <default class="root"><joint limited="false" damping="0" armature="0"/></default>
+          </default>
+          <worldbody>
+            <geom name="ground" type="plane" conaffinity="1" pos="248 0 0" size="250 .8 .2"/>
+            <body name="torso" pos="0 0 1.3">
+              <joint name="rootz" axis="0 0 1" type="slide" class="root"/>
+              <joint name="rootx" axis="1 0 0" type="slide" class="root"/>
+              <joint name="rooty" axis="0 1 0" type="hinge" class="root"/>
+              <geom size=".07 .3"/>{leg("right", -0.05)}{leg("left", 0.05)}
+            </body>
+          </worldbody>
+          <actuator>{motors}</actuator>
+          <sensor><subtreelinvel body="torso"/></sensor>
+        </mujoco>"""
+
+    def height(self):
+        return 1.3 + self.qpos[:, 0]
+
+    def angles(self):
+        """Of torso, right thigh, leg, foot, left thigh, leg, foot about the y axis, (N, 7)."""
+        torso, right, left = self.qpos[:, 2:3], self.qpos[:, 3:6], self.qpos[:, 6:9]
+        return np.concatenate([torso, torso - right.cumsum(-1), torso - left.cumsum(-1)], axis=-1)
+
+    def speed(self):
+        return np.array([data.sensordata[0] for data in self.datas])
+
+    def initial_state(self, i, rng):
+        return np.concatenate([self.random_joints(self.models[i], rng), np.zeros(9)])
+
+    def observation(self):
+        angles = self.angles()
+        orientations = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(self.N, -1)
+        return np.concatenate([self.height()[:, None], orientations, self.qvel], axis=-1)
+
+    def reward(self):
+        standing = near(np.maximum(0, self.HEIGHT - self.height()), margin=self.HEIGHT / 2)
+        upright = (1 + np.cos(self.angles()[:, 0])) / 2
+        moving = np.clip(self.speed() / self.SPEED, 0, 1)
+        return (3 * standing + upright) / 4 * (5 * moving + 1) / 6
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gymnasium's own locomotion tasks, never terminating
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class GymTask(MujocoTask):
+    """A locomotion task of Gymnasium on its own model file, without its terminal states.
+
+    Context: gravity, actuator_strength. Observation: qpos without the horizontal position, qvel clipped to ±10.
+    Reward: forward speed (m/s), + 1 while healthy, - .001 |a|².
+    """
+
+    SUBSTEPS, WIDTH = 4, 3.0  # m
+    NOISE = 5e-3  # of the starting state
+
+    def model(self, context):
+        model = mujoco.MjModel.from_xml_path(str(Path(gymnasium.__file__).parent / "envs/mujoco/assets" / self.FILE))
+        model.opt.gravity[2] = -context["gravity"]
+        model.actuator_gear *= context["actuator_strength"]  # of a model just loaded
+        return model
+
+    def initial_state(self, i, rng):
+        rest = np.concatenate([self.models[i].qpos0, np.zeros(self.models[i].nv)])
+        return rest + rng.uniform(-self.NOISE, self.NOISE, size=self.state_size)
+
+    def advance(self, actions):
+        before = self.qpos[:, 0]
+        super().advance(actions)
+        self.velocity = (self.qpos[:, 0] - before) / (self.models[0].opt.timestep * self.SUBSTEPS)
+
+    def observation(self):
+        return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=-1)
+
+    def reward(self):
+        return self.velocity + self.healthy() - 1e-3 * np.square(np.array(self.ctrls)).sum(-1)
+
+
+class WalkerGym(GymTask):
+    """Gymnasium's Walker2d-v5."""
+
+    d_s, d_a, state_size = 17, 6, 18
+    FILE = "walker2d_v5.xml"
+
+    def healthy(self):
+        height, angle = self.qpos[:, 1], self.qpos[:, 2]
+        return (0.8 < height) & (height < 2.0) & (-1.0 < angle) & (angle < 1.0)
+
+
+class HopperGym(GymTask):
+    """Gymnasium's Hopper-v5."""
+
+    d_s, d_a, state_size = 11, 3, 12
+    FILE = "hopper.xml"
+
+    def healthy(self):
+        height, angle = self.qpos[:, 1], self.qpos[:, 2]
+        others = np.abs(np.concatenate([self.qpos, self.qvel], axis=-1)[:, 2:])
+        return (0.7 < height) & (-0.2 < angle) & (angle < 0.2) & (others < 100).all(axis=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -274,19 +841,32 @@ class Cartpole(ContextualEnv):
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """One row of the benchmark: the paper's name, the class, the context dimensions, steps an episode."""
+    """One row of the benchmark: the paper's name, the class, context dimensions, steps an episode, and whether one
+    context-unaware policy does well in every context (overlapping)."""
 
     paper_name: str
     cls: type
     context: tuple[ContextDim, ...]
     horizon: int
+    kind: str
 
 
 ENVS = {
-    "di_inv": EnvSpec("DI", DoubleIntegrator, (MASS, ACTION_FACTOR), 100),
-    "ode": EnvSpec("ODE", ODE, (coefficient(0), coefficient(1)), 200),
-    "cartpole_inv": EnvSpec("Cartpole", Cartpole, (POLE_LENGTH, ACTION_FACTOR), 1000),
+    "di_inv": EnvSpec("DI", DoubleIntegrator, (MASS, ACTION_FACTOR), 100, "non-overlapping"),
+    "di_friction": EnvSpec("DI-Friction", DoubleIntegrator, (MASS, FRICTION), 100, "overlapping"),
+    "di_perm": EnvSpec("DI-Perm", DoubleIntegrator, (MASS, SWAP), 100, "non-overlapping"),
+    "ode": EnvSpec("ODE", ODE, coefficients(2), 200, "weakly non-overlapping"),
+    "cartpole_inv": EnvSpec("Cartpole", Cartpole, (POLE_LENGTH, ACTION_FACTOR), 1000, "non-overlapping"),
+    "cheetah_inv": EnvSpec("Cheetah", Cheetah, (LENGTH_SCALE, ACTION_FACTOR), 1000, "non-overlapping"),
+    "reacher_easy_inv": EnvSpec("Reacher(E)", Reacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, "non-overlapping"),
+    "reacher_hard_inv": EnvSpec("Reacher(H)", HardReacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, "non-overlapping"),
+    "reacher_hard_perm": EnvSpec("Reacher(H)-Perm", HardReacher, (LENGTH_SCALE, SWAP), 1000, "non-overlapping"),
+    "ball_in_cup": EnvSpec("BallInCup", BallInCup, (CUP_GRAVITY, STRING_LENGTH), 1000, "overlapping"),
+    "walker": EnvSpec("Walker", Walker, (GRAVITY, STRENGTH), 1000, "overlapping"),
+    "walker_gym": EnvSpec("WalkerGym", WalkerGym, (GRAVITY, STRENGTH), 1000, "overlapping"),
+    "hopper_gym": EnvSpec("HopperGym", HopperGym, (GRAVITY, STRENGTH), 1000, "overlapping"),
 }
+ENVS |= {f"ode_{k}": EnvSpec(f"ODE-{k}", ODE, coefficients(k), 200, "weakly non-overlapping") for k in range(1, 21)}
 
 
 def unknown(kind, name, known):
@@ -303,35 +883,131 @@ def lookup(env_id):
     return ENVS[env_id]
 
 
-def make(env_id, **context):
-    """The environment `env_id` in the context given by name; what is not named has its default.
-
-    Raises ValueError for an unknown id or context name and for a physically impossible value.
-    """
-    spec = lookup(env_id)
-    names = [dim.name for dim in spec.context]
+def full_context(env_id, context):
+    """`context` checked, with the defaults of what it does not name, in the order of the table."""
+    dims = lookup(env_id).context
     for name in context:
-        if name not in names:
-            raise ValueError(unknown(f"context of {env_id}", name, names))
-    return spec.cls({dim.name: dim.check(context.get(dim.name, dim.default)) for dim in spec.context}, spec.horizon)
+        if name not in [dim.name for dim in dims]:
+            raise ValueError(unknown(f"context of {env_id}", name, [dim.name for dim in dims]))
+    return {dim.name: dim.check(context.get(dim.name, dim.default)) for dim in dims}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The two views of a task: one Gymnasium environment, and all contexts together
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class ContextualEnv(gymnasium.Env):
+    """One environment of the benchmark as a Gymnasium environment.
+
+    The context is in `info["context"]` and never in the observation. There is no terminal state; an episode is
+    truncated at its horizon. ValueError for an unknown id or context and for values that mean nothing.
+
+    reset(options={"state": array, "target": (x, y), "context": {...}}), each optional: a state to start from (qpos,
+    qvel; [p, v]; [x]), the reacher's target, context values to change. `set_context` changes them mid-episode.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, env_id, render_mode=None, **context):
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
+        self.env_id, self.render_mode = env_id, render_mode
+        self.task = lookup(env_id).cls([full_context(env_id, context)])
+        self.horizon, self.t, self.begun = lookup(env_id).horizon, 0, False
+        largest = float(np.finfo(np.float32).max)
+        self.observation_space = gymnasium.spaces.Box(-largest, largest, (self.task.d_s,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (self.task.d_a,), np.float32)
+
+    @property
+    def context(self):
+        return dict(self.task.contexts[0])
+
+    def state(self):
+        """The physical state, float64: what reset(options={"state": ...}) takes."""
+        return self.task.state()[0]
+
+    def set_context(self, **context):
+        """Changes context values now and keeps the physical state."""
+        self.task.set_contexts([full_context(self.env_id, self.context | context)])
+
+    def reset(self, *, seed=None, options=None):
+        options = dict(options or {})
+        context = full_context(self.env_id, self.context | dict(options.pop("context", {})))
+        given = {name: self.check(name, options.pop(name)) for name in ("state", "target") if name in options}
+        if options:
+            raise ValueError(unknown("option", next(iter(options)), ["state", "target", "context"]))
+        super().reset(seed=seed)
+        if context != self.context:
+            self.task.contexts = [context]
+            self.task.build()
+        self.task.reset([self.np_random])
+        if "target" in given:
+            self.task.target = given["target"]
+        if given:
+            self.task.set_state(given.get("state", self.task.state()))
+        self.t, self.begun = 0, True
+        return self.observation(), {"context": self.context}
+
+    def check(self, name, value):
+        """An option as a row of numbers; ValueError if it is not as many finite ones as it must be."""
+        size = self.task.state_size if name == "state" else len(np.ravel(getattr(self.task, "target", ())))
+        try:
+            row = np.array([value], dtype=np.float64)
+        except (TypeError, ValueError):
+            row = np.array([])
+        if row.shape != (1, size) or not np.isfinite(row).all():
+            raise ValueError(f"{name} {value!r}: must be {size} finite numbers for {self.env_id}")
+        return row
+
+    def observation(self):
+        return self.task.observation()[0].astype(np.float32)
+
+    def step(self, action):
+        """One step of `action`, (d_a,) in [-1, 1]."""
+        try:
+            row = np.array([action], dtype=np.float64)
+        except (TypeError, ValueError):
+            row = np.array([])
+        if row.shape != (1, self.task.d_a) or not np.isfinite(row).all():
+            raise ValueError(f"action {action!r}: must be {self.task.d_a} finite numbers")
+        self.task.step(row)
+        self.t += 1
+        truncated = self.t >= self.horizon
+        return self.observation(), float(self.task.reward()[0]), False, truncated, {"context": self.context}
+
+    def render(self):
+        """The picture, (256, 256, 3), or None without a render mode."""
+        return draw(*self.task.picture(0)) if self.render_mode else None
+
+
+def make(env_id, **context):
+    """The environment `env_id` in the context given by name; what is not named has its default."""
+    return ContextualEnv(env_id, **context)
+
+
+for _env_id in ENVS:
+    gymnasium.register(f"aib/{_env_id}-v0", entry_point="aib_envs:ContextualEnv", kwargs={"env_id": _env_id})
 
 
 class VectorEnv:
-    """One environment a context, reset and stepped together (the horizon is fixed, so they end together)."""
+    """One instance a context, reset and stepped together (the horizon is fixed, so they end together)."""
 
     def __init__(self, env_id, contexts, seed):
-        self.envs = [make(env_id, **context) for context in contexts]
-        self.d_s, self.d_a, self.horizon = self.envs[0].d_s, self.envs[0].d_a, self.envs[0].horizon
-        seeds = np.random.SeedSequence(seed).generate_state(len(self.envs))
-        for env, env_seed in zip(self.envs, seeds):
-            env.reset(seed=int(env_seed))
+        spec = lookup(env_id)
+        self.task = spec.cls([full_context(env_id, context) for context in contexts])
+        self.N, self.d_s, self.d_a, self.horizon = self.task.N, self.task.d_s, self.task.d_a, spec.horizon
+        self.rngs = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(self.N)]
 
     def reset(self):
-        """Observations (N, d_s)."""
-        return np.stack([env.reset()[0] for env in self.envs])
+        """Starts an episode everywhere. Observations (N, d_s)."""
+        self.task.reset(self.rngs)
+        self.t = 0
+        return self.task.observation().astype(np.float32)
 
     def step(self, actions):
         """Actions (N, d_a). Returns observations (N, d_s), rewards (N,) and whether the horizon is reached."""
-        results = [env.step(action) for env, action in zip(self.envs, actions)]
-        s, r, _, truncated, _ = zip(*results)
-        return np.stack(s), np.array(r, dtype=np.float32), truncated[0]
+        self.task.step(actions)
+        self.t += 1
+        observation, reward = self.task.observation(), self.task.reward()
+        return observation.astype(np.float32), reward.astype(np.float32), self.t >= self.horizon

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -226,10 +227,12 @@ METHOD = "dma_star_sh"
 
 # Environment: (K, gradient steps).
 PER_ENV = {
-    "di_inv": (24, 100_000),
-    "ode": (24, 100_000),
     "cartpole_inv": (128, 100_000),
+    **dict.fromkeys(("cheetah_inv", "ball_in_cup", "walker"), (128, 200_000)),
+    **dict.fromkeys(("reacher_easy_inv", "reacher_hard_inv", "reacher_hard_perm"), (128, 200_000)),
+    **dict.fromkeys(("walker_gym", "hopper_gym"), (128, 500_000)),
 }
+PER_ENV |= {env: (24, 100_000) for env in aib_envs.ENVS if env not in PER_ENV}  # the toy environments
 
 
 def option(default, help, allowed=None):
@@ -241,7 +244,7 @@ def option(default, help, allowed=None):
 class Config:
     """Every setting; the defaults are the paper's. K and steps default to the environment's row of PER_ENV."""
 
-    env: str = option("cartpole_inv", f"environment: {', '.join(aib_envs.ENVS)}")
+    env: str = option("cartpole_inv", "environment; --list-envs shows all")
     seed: int = option(1, "seed of everything random", "[0, 4294967295]")
     steps: int = option(None, "gradient steps (default: by environment)", "[1, inf)")
     out: str = option("runs", "folder in which the run folder <env>__<method>__s<seed> is made")
@@ -519,7 +522,9 @@ class Agent:
     NETWORKS = ("g", "h", "f", "pi", "Q", "Q_target")
 
     def state_dict(self):
-        return {name: getattr(self, name).state_dict() for name in self.NETWORKS} | {"log_alpha": self.log_alpha.detach()}
+        return {name: getattr(self, name).state_dict() for name in self.NETWORKS} | {
+            "log_alpha": self.log_alpha.detach()
+        }
 
     def load_state_dict(self, state):
         for name in self.NETWORKS:
@@ -576,7 +581,7 @@ SETS = ("train", "eval_in", "eval_out")
 
 
 def new_rollout(cfg, agent, envs, capacity, train):
-    replay = Replay(len(envs.envs), capacity, envs.d_s, envs.d_a, cfg.K, cfg.L, cfg.device)
+    replay = Replay(envs.N, capacity, envs.d_s, envs.d_a, cfg.K, cfg.L, cfg.device)
     return Rollout(agent, envs, replay, train)
 
 
@@ -792,7 +797,13 @@ def plot(folder):
         for value, line in zip(dim.train, (".--", ".-")):
             for name in SETS:
                 means = [
-                    np.mean([c["return"] for c in contexts if (c["step"], c["set"], c[dim.name]) == (row["step"], name, value)])
+                    np.mean(
+                        [
+                            c["return"]
+                            for c in contexts
+                            if (c["step"], c["set"], c[dim.name]) == (row["step"], name, value)
+                        ]
+                    )
                     for row in metrics
                 ]
                 label = f"{dim.name} = {value:g}" if name == "train" else None
@@ -840,7 +851,12 @@ def benchmark(cfg):
     rollout.replay.latest = timed("acting", rollout.replay.latest)
     rollout.envs.step = timed("environments", rollout.envs.step)
     rollout.replay.sample = timed("batch", rollout.replay.sample)
-    for phase, name in (("dynamics", "dynamics_step"), ("critic", "critic_step"), ("actor", "actor_step"), ("targets", "target_step")):
+    for phase, name in (
+        ("dynamics", "dynamics_step"),
+        ("critic", "critic_step"),
+        ("actor", "actor_step"),
+        ("targets", "target_step"),
+    ):
         setattr(agent, name, timed(phase, getattr(agent, name)))
 
     def run(steps):
@@ -860,10 +876,35 @@ def benchmark(cfg):
     print(f"gradient steps/s   {steps / seconds:8.1f}")
     for phase, spent in (phases | {"rest": seconds - sum(phases.values())}).items():
         print(f"  {phase:<14} {spent / steps * 1e3:9.2f} ms")
+    vector, bare = vector_step_times(cfg.env, cfg.contexts)
+    against = f", {vector / bare:.2f} times the bare mj_step calls in it" if bare else ""
+    print(f"vector step        {vector:8.3f} ms for {cfg.contexts} contexts{against}")
     print(f"peak memory        {peak_memory():8.0f} MB")
     print(f"update             {update * 1e3:8.2f} ms for {flop / 1e9:.2f} GFLOP")
     print(f"matrix multiply    {rate / 1e9:8.0f} GFLOP/s: the same operations in {flop / rate * 1e3:.2f} ms")
     print(f"ratio              {update * rate / flop:8.1f}")
+
+
+def vector_step_times(env, contexts, steps=300):
+    """Milliseconds of one step of all contexts, and of the mj_step calls alone that it must make (None without
+    MuJoCo). Both from the same starts and with the same actions, taking turns; the medians."""
+    envs = aib_envs.VectorEnv(env, aib_envs.context_sets(env, contexts)["train"], seed=0)
+    envs.reset()
+    twin = aib_envs.lookup(env).cls(envs.task.contexts)
+    twin.set_state(envs.task.state())
+    has_models, times = isinstance(twin, aib_envs.MujocoTask), ([], [])
+    for actions in np.random.default_rng(0).uniform(-1, 1, (steps, contexts, envs.d_a)):
+        begin = time.perf_counter()
+        envs.step(actions)
+        middle = time.perf_counter()
+        if has_models:
+            for (model, data), action in zip(twin.pairs, actions):
+                data.ctrl = action
+                mujoco.mj_step(model, data, twin.SUBSTEPS)
+        times[0].append(middle - begin)
+        times[1].append(time.perf_counter() - middle)
+    vector, bare = (1e3 * float(np.median(series)) for series in times)
+    return vector, bare if has_models else None
 
 
 def update_flop(agent, rollout):
@@ -913,12 +954,14 @@ def build_parser():
     parser = Parser(
         prog="dmash.py",
         description="DMA*-SH: train, evaluate and plot one run.",
-        epilog="K and steps by environment: " + "; ".join(f"{e} {K}, {n}" for e, (K, n) in PER_ENV.items()) + ".",
         allow_abbrev=False,
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="RUN_FOLDER", help="evaluate the checkpoint of a run instead of training")
-    modes.add_argument("--benchmark", action="store_true", help="time the phases of a gradient step instead of training")
+    modes.add_argument(
+        "--benchmark", action="store_true", help="time the phases of a gradient step instead of training"
+    )
+    modes.add_argument("--list-envs", action="store_true", help="print the table of environments instead of training")
     parser.add_argument("--per-context", action="store_true", help="with --eval: print the return of every context")
 
     def converter(f):
@@ -945,6 +988,24 @@ def build_parser():
     return parser
 
 
+def list_envs():
+    """Prints the table of environments."""
+
+    def describe(dim):
+        if dim.binary:
+            return f"{dim.name} in {{{dim.train[0]:g}, {dim.train[1]:g}}}"
+        (low, high), (far_low, far_high) = dim.train, dim.extrapolation
+        return f"{dim.name} {dim.default:g}, [{low:g}, {high:g}], [{far_low:g}, {far_high:g}]"
+
+    row = "{:<18} {:<16} {:<23} {:>7} {:>4} {:>7}  {}".format
+    print(row("id", "paper", "kind", "horizon", "K", "steps", "contexts: default, train range, extrapolation range"))
+    for env, spec in aib_envs.ENVS.items():
+        dims = [describe(dim) for dim in spec.context[:2]] + [f"and so on to {spec.context[-1].name}"] * (
+            len(spec.context) > 2
+        )
+        print(row(env, spec.paper_name, spec.kind, spec.horizon, *PER_ENV[env], "; ".join(dims)))
+
+
 EVAL_SETTINGS = ("rollouts", "threads", "device")
 
 
@@ -957,7 +1018,8 @@ def main(argv=None):
             flags = [option for action in parser._actions for option in action.option_strings]
             raise BadInput(aib_envs.unknown("argument", rest[0], flags))
         settings = vars(given)
-        run_folder, timing, table = (settings.pop(name) for name in ("eval", "benchmark", "per_context"))
+        modes = ("eval", "benchmark", "list_envs", "per_context")
+        run_folder, timing, listing, table = (settings.pop(name) for name in modes)
         if table and not run_folder:
             raise BadInput("--per-context: allowed only with --eval RUN_FOLDER")
         if run_folder:
@@ -965,6 +1027,8 @@ def main(argv=None):
                 if name not in EVAL_SETTINGS:
                     raise BadInput(f"{flag(name)}: not with --eval, which allows {', '.join(map(flag, EVAL_SETTINGS))}")
             print_evaluation(*load_run(run_folder, **settings), table)
+        elif listing:
+            list_envs()
         elif timing:
             benchmark(Config(**settings))
         else:

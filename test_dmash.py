@@ -1,18 +1,24 @@
 """Tests of dmash.py and aib_envs.py: each compares with something computed another way (an oracle)."""
 
-import copy
 import csv
+import dataclasses
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
+from xml.etree import ElementTree
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from gymnasium.utils.env_checker import check_env
 
 import aib_envs
 import dmash
@@ -149,7 +155,9 @@ def test_adapter_and_hypernetwork_equal_a_per_sample_loop():
             slow[b, i] = W_up.T @ torch.relu(W_down.T @ x[b, i] + b_down) + b_up
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
     direction = torch.randn_like(fast)
-    for g_fast, g_slow in zip(torch.autograd.grad(fast, weights, direction), torch.autograd.grad(slow, weights, direction)):
+    for g_fast, g_slow in zip(
+        torch.autograd.grad(fast, weights, direction), torch.autograd.grad(slow, weights, direction)
+    ):
         torch.testing.assert_close(g_fast, g_slow, rtol=1e-3, atol=1e-5)
 
 
@@ -161,7 +169,12 @@ def test_hypernetwork_heads_start_as_pytorch_linear_layers():
 
 
 def test_sizes_of_omega():
-    assert [tuple(w.shape) for w in dmash.Hypernetwork()(torch.randn(3, 8))] == [(3, 256, 32), (3, 1, 32), (3, 32, 256), (3, 1, 256)]
+    assert [tuple(w.shape) for w in dmash.Hypernetwork()(torch.randn(3, 8))] == [
+        (3, 256, 32),
+        (3, 1, 32),
+        (3, 32, 256),
+        (3, 1, 256),
+    ]
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -203,7 +216,9 @@ def test_log_probability_equals_torch_distributions():
     mu, log_std = pi(s, omega)
     assert a.abs().max() < 1 and log_std.min() > -5 and log_std.max() < 2
     transforms = [torch.distributions.transforms.TanhTransform()]
-    oracle = torch.distributions.TransformedDistribution(torch.distributions.Normal(mu.double(), log_std.double().exp()), transforms)
+    oracle = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mu.double(), log_std.double().exp()), transforms
+    )
     torch.testing.assert_close(logp.double(), oracle.log_prob(a.double()).sum(-1), rtol=1e-3, atol=1e-3)
 
 
@@ -288,7 +303,9 @@ def test_gradient_routing(step):
     before = {name: [p.detach().clone() for p in group] for name, group in groups.items()}
     arguments = {"dynamics_step": (batch,), "target_step": ()}.get(step, (batch, omega))
     getattr(agent, step)(*arguments)
-    changed = {name for name, group in groups.items() if any(not torch.equal(p, q) for p, q in zip(group, before[name]))}
+    changed = {
+        name for name, group in groups.items() if any(not torch.equal(p, q) for p, q in zip(group, before[name]))
+    }
     assert changed == ROUTING[step]
     for name in changed:
         assert all(not torch.equal(p, q) for p, q in zip(groups[name], before[name])), f"part of {name} is untouched"
@@ -348,7 +365,11 @@ def test_windows_hold_past_transitions_of_their_own_context(seed):
         time = torch.full((N, 1), float(t))
         replay.add(context, time, time.squeeze(-1), 2 * context)  # s = context, a = r = time, δs = context
     batch = replay.sample(64 * N)
-    assert torch.equal(batch.s, batch.ds) and torch.equal(batch.a.squeeze(-1), batch.r) and torch.equal(batch.s2, 2 * batch.s)
+    assert (
+        torch.equal(batch.s, batch.ds)
+        and torch.equal(batch.a.squeeze(-1), batch.r)
+        and torch.equal(batch.s2, 2 * batch.s)
+    )
     assert sorted(batch.s.flatten().tolist()) == sorted(context.repeat(64, 1).flatten().tolist())  # equal shares
     assert (batch.tau[..., 0] == batch.s).all() and (batch.tau[..., 2] == batch.s).all()  # one context a window
     age = batch.a - batch.tau[..., 1]
@@ -397,25 +418,64 @@ def test_ode_by_hand():
     # Re(2 a - 3 a^2), a = .5 - .25i: 2 * .5 - 3 * (.25 - .0625) = .4375
     np.testing.assert_allclose(s2, [0.4 + 0.004375], rtol=1e-6)
     assert r == 0.25
-    tiers = [(0.04, 1.0), (0.06, 1 / 2), (0.15, 1 / 3), (0.3, 1 / 4), (1.5, 0.05), (2.5, 0.0), (-0.04, 1.0), (-19.9, 0.0)]
+    tiers = [
+        (0.04, 1.0),
+        (0.06, 1 / 2),
+        (0.15, 1 / 3),
+        (0.3, 1 / 4),
+        (1.5, 0.05),
+        (2.5, 0.0),
+        (-0.04, 1.0),
+        (-19.9, 0.0),
+    ]
     assert [one_step(env, [x], [0.0, 0.0])[1] for x, _ in tiers] == [r for _, r in tiers]
     assert one_step(aib_envs.make("ode", c0=10.0), [19.99], [1.0, 0.0])[0] == [20.0]
 
 
 # (length, action_factor), state, action, next observation, reward: recorded from the reference environment
 CARTPOLE_STEPS = [
-    ((0.3, -1), [0.020060623, -0.226369539, -0.114903159, -0.458260721], [0.365500637],
-     [0.018741977, 0.973478326, -0.228779257, -0.148820475, -0.43272457], 0.952068559),
-    ((0.3, -1), [-0.38143505, 0.92491718, -0.895787365, 4.749734228], [-0.893602041],
-     [-0.389967147, 0.56302201, 0.826441901, -0.810602711, 4.820853938], 0.351581873),
-    ((0.1, -1), [0.133016017, -0.795044588, 1.014104593, -9.114582302], [-1.0],
-     [0.143607365, 0.629184744, -0.777255787, 1.103803398, -9.933346505], 0.323950889),
-    ((0.1, -1), [0.439941131, -3.914023887, 1.382655654, -16.387327954], [1.0],
-     [0.453406753, -0.593346556, 0.804947119, 1.310937102, -16.221964448], 0.076792189),
-    ((2.0, 1), [0.144087194, -0.018832602, 0.699281212, -0.262551213], [-0.901999884],
-     [0.150640935, 0.999773199, -0.02129673, 0.611470225, -0.230612856], 0.829719708),
-    ((2.0, 1), [0.157871009, -0.029442524, 0.842420106, -0.304411392], [0.162232598],
-     [0.166375333, 0.999471206, -0.032516269, 0.858448261, -0.311503998], 0.982223626),
+    (
+        (0.3, -1),
+        [0.020060623, -0.226369539, -0.114903159, -0.458260721],
+        [0.365500637],
+        [0.018741977, 0.973478326, -0.228779257, -0.148820475, -0.43272457],
+        0.952068559,
+    ),
+    (
+        (0.3, -1),
+        [-0.38143505, 0.92491718, -0.895787365, 4.749734228],
+        [-0.893602041],
+        [-0.389967147, 0.56302201, 0.826441901, -0.810602711, 4.820853938],
+        0.351581873,
+    ),
+    (
+        (0.1, -1),
+        [0.133016017, -0.795044588, 1.014104593, -9.114582302],
+        [-1.0],
+        [0.143607365, 0.629184744, -0.777255787, 1.103803398, -9.933346505],
+        0.323950889,
+    ),
+    (
+        (0.1, -1),
+        [0.439941131, -3.914023887, 1.382655654, -16.387327954],
+        [1.0],
+        [0.453406753, -0.593346556, 0.804947119, 1.310937102, -16.221964448],
+        0.076792189,
+    ),
+    (
+        (2.0, 1),
+        [0.144087194, -0.018832602, 0.699281212, -0.262551213],
+        [-0.901999884],
+        [0.150640935, 0.999773199, -0.02129673, 0.611470225, -0.230612856],
+        0.829719708,
+    ),
+    (
+        (2.0, 1),
+        [0.157871009, -0.029442524, 0.842420106, -0.304411392],
+        [0.162232598],
+        [0.166375333, 0.999471206, -0.032516269, 0.858448261, -0.311503998],
+        0.982223626,
+    ),
 ]
 
 
@@ -427,50 +487,193 @@ def test_cartpole_reproduces_recorded_steps(context, state, action, s2, reward):
     assert abs(r - reward) < 1e-6
 
 
-@pytest.mark.parametrize("length", [0.1, 0.3, 0.5, 0.85, 2.0])
-@pytest.mark.parametrize("factor", [-1.0, 1.0])
-def test_cartpole_equals_dm_control(length, factor):
-    cartpole = pytest.importorskip("dm_control.suite.cartpole", reason="dm_control, the oracle, is not installed")
-    xml, assets = cartpole.get_model_and_assets()
-    pole = b'fromto="0 0 0 0 0 1"'
-    assert xml.count(pole) == 1
-    physics = cartpole.Physics.from_xml_string(xml.replace(pole, b'fromto="0 0 0 0 0 %r"' % (2 * length)), assets)
-    task = cartpole.Balance(swing_up=False, sparse=False, random=0)
-    env = aib_envs.make("cartpole_inv", length=length, action_factor=factor)
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        state, action = rng.normal(size=4) * [1, 3, 2, 4], rng.uniform(-1, 1, size=1)
-        with physics.reset_context():
-            physics.data.qpos[:], physics.data.qvel[:] = state[:2], state[2:]
-        env.reset(seed=0, options={"state": state})
-        for _ in range(5):
-            physics.set_control(factor * action)
-            physics.step()
-            s2, r, *_ = env.step(action)
-            theirs = np.concatenate(list(task.get_observation(physics).values()))
-            np.testing.assert_allclose(s2, theirs, rtol=1e-6, atol=1e-6)
-            assert abs(r - task.get_reward(physics)) < 1e-6
-            np.testing.assert_allclose(np.concatenate([env.data.qpos, env.data.qvel]), physics.get_state(), atol=1e-6)
+# ---- Oracles: the reference environments, with the context applied to their own models ----
 
 
-def test_cartpole_starts_as_in_dm_control():
-    """Support and quantiles of 2,000 resets against those of dm_control's task."""
-    cartpole = pytest.importorskip("dm_control.suite.cartpole", reason="dm_control, the oracle, is not installed")
-    physics = cartpole.Physics.from_xml_string(*cartpole.get_model_and_assets())
-    task = cartpole.Balance(swing_up=False, sparse=False, random=0)
-    env, ours, theirs = aib_envs.make("cartpole_inv"), [], []
+def scale(element, attribute, *factors):
+    values = [float(value) * factor for value, factor in zip(element.get(attribute).split(), factors)]
+    element.set(attribute, " ".join(map(repr, values)))
+
+
+def edit_cartpole(root, length, action_factor):
+    scale(root.find(".//default[@class='pole']/geom"), "fromto", 0, 0, 0, 0, 0, 2 * length)
+
+
+def edit_reacher(root, length, **actuators):
+    for name in ("arm", "hand"):
+        scale(root.find(f".//geom[@name='{name}']"), "fromto", 1, 1, 1, length, 1, 1)
+    for name in ("hand", "finger"):
+        scale(root.find(f".//body[@name='{name}']"), "pos", length, 1, 1)
+
+
+def edit_cheetah(root, length, action_factor):
+    for name in ("bthigh", "bshin", "bfoot", "fthigh", "fshin", "ffoot"):
+        scale(root.find(f".//geom[@name='{name}']"), "pos", length, 1, length)
+        scale(root.find(f".//geom[@name='{name}']"), "size", 1, length)
+    for name in ("bshin", "bfoot", "fshin", "ffoot"):
+        scale(root.find(f".//body[@name='{name}']"), "pos", length, 1, length)
+
+
+def edit_ball_in_cup(root, gravity, distance):
+    ElementTree.SubElement(root, "option", gravity=f"0 0 {-gravity!r}")
+    root.find(".//spatial[@name='string']").set("range", f"0 {distance!r}")
+    root.find(".//body[@name='ball']").set("pos", f"0 0 {0.2 + 0.3 - distance!r}")
+
+
+def edit_walker(root, gravity, actuator_strength):
+    root.find("./option").set("gravity", f"0 0 {-gravity!r}")
+    for motor in root.findall("./actuator/motor"):
+        scale(motor, "gear", actuator_strength)
+
+
+# id: (dm_control module, task class and its arguments, substeps, edit of the XML)
+DM_CONTROL = {
+    "cartpole_inv": ("cartpole", "Balance", dict(swing_up=False, sparse=False), 1, edit_cartpole),
+    "reacher_easy_inv": ("reacher", "Reacher", dict(target_size=0.05), 1, edit_reacher),
+    "reacher_hard_inv": ("reacher", "Reacher", dict(target_size=0.015), 1, edit_reacher),
+    "reacher_hard_perm": ("reacher", "Reacher", dict(target_size=0.015), 1, edit_reacher),
+    "cheetah_inv": ("cheetah", "Cheetah", {}, 1, edit_cheetah),
+    "ball_in_cup": ("ball_in_cup", "BallInCup", {}, 10, edit_ball_in_cup),
+    "walker": ("walker", "PlanarWalker", dict(move_speed=1), 10, edit_walker),
+}
+GYMNASIUM = {"walker_gym": "Walker2d-v5", "hopper_gym": "Hopper-v5"}
+
+
+class DmControl:
+    """A dm_control task, one context."""
+
+    def __init__(self, env_id, context):
+        module, task, arguments, self.substeps, edit = DM_CONTROL[env_id]
+        module = pytest.importorskip(f"dm_control.suite.{module}", reason="dm_control, the oracle, is not installed")
+        xml, assets = module.get_model_and_assets()
+        root = ElementTree.fromstring(xml)
+        edit(root, **context)
+        self.physics = module.Physics.from_xml_string(ElementTree.tostring(root), assets)
+        self.task = getattr(module, task)(random=0, **arguments)
+        self.context = context
+        self.reset()
+
+    def reset(self):
+        with self.physics.reset_context():
+            self.task.initialize_episode(self.physics)
+        return self.state()
+
+    def state(self):
+        return self.physics.get_state().copy()
+
+    def set_state(self, state, target=None):
+        if target is not None:
+            self.physics.named.model.geom_pos["target", ["x", "y"]] = target
+        with self.physics.reset_context():
+            self.physics.set_state(state)
+
+    def step(self, action):
+        action = action * self.context.get("action_factor", 1)
+        self.task.before_step(action[::-1] if self.context.get("swap") else action, self.physics)
+        self.physics.step(self.substeps)
+        parts = self.task.get_observation(self.physics)
+        order = ("height", "orientations", "velocity") if "orientations" in parts else parts
+        return np.concatenate([np.ravel(parts[name]) for name in order]), self.task.get_reward(self.physics)
+
+
+class GymnasiumOwn:
+    """A locomotion environment of Gymnasium, one context."""
+
+    def __init__(self, env_id, context):
+        pytest.importorskip(
+            "imageio", reason="imageio, without which Gymnasium's own MuJoCo tasks do not load, is missing"
+        )
+        self.env = gymnasium.make(GYMNASIUM[env_id], terminate_when_unhealthy=False).unwrapped
+        self.env.model.opt.gravity[2] = -context["gravity"]
+        self.env.model.actuator_gear[:] = self.env.model.actuator_gear * context["actuator_strength"]
+        self.env.reset(seed=0)
+
+    def reset(self):
+        self.env.reset()
+        return self.state()
+
+    def state(self):
+        return np.concatenate([self.env.data.qpos, self.env.data.qvel])
+
+    def set_state(self, state, target=None):
+        self.env.reset()
+        self.env.set_state(state[: self.env.model.nq], state[self.env.model.nq :])
+
+    def step(self, action):
+        return self.env.step(action)[:2]
+
+
+ORACLES = [*DM_CONTROL, *GYMNASIUM]
+
+
+def oracle(env_id, context):
+    return (DmControl if env_id in DM_CONTROL else GymnasiumOwn)(env_id, context)
+
+
+def range_ends(env_id):
+    """The default context, and every combination of the ends of train and extrapolation range."""
+    dims = aib_envs.ENVS[env_id].context
+    default = {dim.name: dim.default for dim in dims}
+    ends = [dim.train + (dim.extrapolation or ()) for dim in dims]
+    return [default] + [dict(zip(default, values)) for values in itertools.product(*ends)]
+
+
+def largest_differences(env_id, steps=40):
+    """Of observation, reward and state after single steps, from states along random episodes, in every context of
+    `range_ends`; and the number of contexts."""
+    worst, contexts = np.zeros(3), range_ends(env_id)
+    for i, context in enumerate(contexts):
+        rng, env, reference = np.random.default_rng(i), aib_envs.make(env_id, **context), oracle(env_id, context)
+        env.reset(seed=i)
+        task = env.unwrapped.task
+        for k in range(steps):
+            if k % 20 == 10:  # far from where an episode leads
+                env.reset(options={"state": env.state() + rng.normal(size=task.state_size) * 0.1})
+            state, target = env.state(), task.target[0].copy() if hasattr(task, "target") else None
+            action = rng.uniform(-1, 1, task.d_a) if k % 3 else rng.choice([-1.0, 1.0], task.d_a)
+            env.reset(options={"state": state} | ({} if target is None else {"target": target}))
+            reference.set_state(state, target)
+            _, r, *_ = env.step(action)
+            s2, r2 = reference.step(action)
+            s1 = task.observation()[0]
+            pairs = ((s1, s2), (r, r2), (env.state(), reference.state()))
+            worst = np.maximum(worst, [np.abs(np.subtract(x, y)).max() for x, y in pairs])
+    return worst, len(contexts)
+
+
+@pytest.mark.parametrize("env_id", ORACLES)
+def test_steps_equal_the_reference(env_id):
+    worst, _ = largest_differences(env_id)
+    assert (worst < 1e-6).all(), worst
+
+
+@pytest.mark.parametrize("env_id", ORACLES)
+def test_resets_are_distributed_as_in_the_reference(env_id):
+    """2,000 resets each: the Kolmogorov-Smirnov distance in each dimension of the state, and the support."""
+    n, context = 2000, range_ends(env_id)[0]
+    env, reference = aib_envs.make(env_id), oracle(env_id, context)
     env.reset(seed=0)
-    for _ in range(2000):
+    ours, theirs = np.empty((n, env.task.state_size)), np.empty((n, env.task.state_size))
+    for i in range(n):
         env.reset()
-        ours.append(np.concatenate([env.data.qpos, env.data.qvel]))
-        with physics.reset_context():
-            task.initialize_episode(physics)
-        theirs.append(physics.get_state().copy())
-    quantiles = np.linspace(0.05, 0.95, 10)
-    scale = np.std(theirs, axis=0)
-    difference = np.quantile(ours, quantiles, axis=0) - np.quantile(theirs, quantiles, axis=0)
-    assert (np.abs(difference) < 0.15 * scale).all()
-    assert np.abs(ours)[:, 0].max() <= 0.1 and np.abs(ours)[:, 1].max() <= 0.034
+        ours[i], theirs[i] = env.state(), reference.reset()
+    for x, y in zip(ours.T, theirs.T):
+        grid = np.concatenate([x, y])
+        distance = (
+            np.abs(np.searchsorted(np.sort(x), grid, "right") - np.searchsorted(np.sort(y), grid, "right")).max() / n
+        )
+        assert distance < 1.95 * math.sqrt(2 / n)  # one in a thousand exceeds this by chance
+        width = np.ptp(y)
+        assert x.min() > y.min() - 0.15 * width - 1e-9 and x.max() < y.max() + 0.15 * width + 1e-9
+
+
+def test_reacher_targets_lie_on_a_ring():
+    env = aib_envs.make("reacher_easy_inv")
+    env.reset(seed=0)
+    targets = np.array([(env.reset(), env.task.target[0].copy())[1] for _ in range(2000)])
+    radii = np.hypot(*targets.T)
+    assert radii.min() >= 0.05 and radii.max() <= 0.2 and abs(np.median(radii) - 0.125) < 0.005
+    assert np.abs(targets.mean(0)).max() < 0.01
 
 
 @pytest.mark.parametrize("env_id", aib_envs.ENVS)
@@ -479,11 +682,11 @@ def test_every_context_dimension_changes_a_trajectory(env_id):
         env = aib_envs.make(env_id, **context)
         env.reset(seed=3)
         rng = np.random.default_rng(0)
-        return np.array([env.step(rng.uniform(-1, 1, env.d_a))[0] for _ in range(30)])
+        return np.array([env.step(rng.uniform(-1, 1, env.action_space.shape))[0] for _ in range(30)])
 
     default = trajectory()
     for dim in aib_envs.ENVS[env_id].context:
-        changed = trajectory(**{dim.name: dim.train[0]})
+        changed = trajectory(**{dim.name: next(value for value in dim.train if value != dim.default)})
         assert np.abs(changed - default).max() > 1e-3, dim.name
         np.testing.assert_array_equal(trajectory(**{dim.name: dim.default}), default)
 
@@ -496,7 +699,7 @@ def test_environment_conventions(env_id):
     first = s.copy()
     for t in range(1, spec.horizon + 1):
         s2, r, terminated, truncated, info = env.step(env.action_space.sample())
-        assert env.observation_space.contains(s2) and np.isfinite(r) and 0 <= r <= 1
+        assert env.observation_space.contains(s2) and np.isfinite(r) and (env_id.endswith("gym") or 0 <= r <= 1)
         assert not terminated and truncated == (t == spec.horizon)
     assert np.array_equal(s, first)  # an observation handed out is never written to again
     assert np.array_equal(env.reset(seed=1)[0], first)
@@ -538,14 +741,142 @@ def test_context_sets_by_hand():
     assert sets["eval_out"][-1] == pytest.approx({"length": 2.0, "action_factor": 1})
 
 
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_gymnasium_checker_passes_without_a_warning(env_id):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gymnasium.make(f"aib/{env_id}-v0").unwrapped)
+
+
+def test_gymnasium_make_and_make_vec():
+    env = gymnasium.make("aib_envs:aib/cartpole_inv-v0", length=0.7, action_factor=-1)
+    assert env.reset(seed=0)[1]["context"] == {"length": 0.7, "action_factor": -1.0}
+    envs = gymnasium.make_vec("aib_envs:aib/di_inv-v0", num_envs=3, vectorization_mode="sync", mass=0.5)
+    s, info = envs.reset(seed=0)
+    assert s.shape == (3, 4) and envs.step(envs.action_space.sample())[0].shape == (3, 4)
+    env.close(), env.close(), envs.close()
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_vector_env_equals_single_environments(env_id):
+    """Same contexts and states, same steps, bit for bit; also after a context was built twice."""
+    contexts = aib_envs.context_sets(env_id, n=4)["eval_out"]
+    envs = aib_envs.VectorEnv(env_id, contexts, seed=0)
+    envs.reset()
+    singles = [aib_envs.make(env_id, **context) for context in contexts]
+    for single, state, target in zip(singles, envs.task.state(), getattr(envs.task, "target", [None] * 4)):
+        single.reset(options={"state": state} | ({} if target is None else {"target": target}))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        actions = rng.uniform(-1, 1, (4, envs.d_a))
+        s2, r, done = envs.step(actions)
+        for i, single in enumerate(singles):
+            ours, reward, *_ = single.step(actions[i])
+            np.testing.assert_array_equal(s2[i], ours)
+            assert np.float32(reward) == r[i]
+    assert s2.dtype == r.dtype == np.float32 and not done
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_context_switches_keep_the_state_or_rebuild(env_id):
+    """set_context mid-episode goes on from the same state as a fresh environment of that context; reset rebuilds."""
+    new = aib_envs.context_sets(env_id, n=2)["eval_out"][1]
+    env, fresh = aib_envs.make(env_id), aib_envs.make(env_id, **new)
+    env.reset(seed=0)
+    action = np.full(env.action_space.shape, 0.5)
+    for _ in range(5):
+        env.step(action)
+    state, t = env.state(), env.t
+    env.set_context(**new)
+    assert env.context == fresh.context and env.t == t
+    np.testing.assert_array_equal(env.state(), state)
+    target = getattr(env.task, "target", None)
+    fresh.reset(options={"state": state} | ({} if target is None else {"target": target[0]}))
+    np.testing.assert_array_equal(env.step(action)[0], fresh.step(action)[0])
+
+    again = aib_envs.make(env_id)
+    first, info = again.reset(seed=7, options={"context": new})
+    assert info["context"] == fresh.context
+    np.testing.assert_array_equal(first, fresh.reset(seed=7)[0])
+    default = {dim.name: dim.default for dim in aib_envs.ENVS[env_id].context}
+    back, _ = again.reset(seed=7, options={"context": default})
+    np.testing.assert_array_equal(back, aib_envs.make(env_id).reset(seed=7)[0])
+
+
+@pytest.mark.parametrize("env_id", [env_id for env_id in aib_envs.ENVS if not env_id.startswith("ode_")])
+def test_observations_vary_and_pictures_are_drawn(env_id):
+    """No constant element over an episode's start, no shared memory, and a picture that leaves the physics alone."""
+    context = aib_envs.context_sets(env_id)["train"][6]
+    env, twin = (
+        gymnasium.make(f"aib/{env_id}-v0", render_mode=mode, **context).unwrapped for mode in ("rgb_array", None)
+    )
+    s, _ = env.reset(seed=3)
+    twin.reset(seed=3)
+    assert twin.render() is None
+    seen, pictures, rng = [s], [], np.random.default_rng(0)
+    for _ in range(60):
+        action = rng.uniform(-1, 1, env.action_space.shape)
+        pictures.append(env.render())
+        seen.append(env.step(action)[0])
+        np.testing.assert_array_equal(seen[-1], twin.step(action)[0])
+    assert (np.ptp(seen, axis=0) > 0).all()
+    assert not any(np.shares_memory(a, b) for a, b in zip(seen, seen[1:]))
+    assert pictures[0].shape == (256, 256, 3) and pictures[0].dtype == np.uint8
+    assert len(np.unique(pictures[0].reshape(-1, 3), axis=0)) > 1 and not np.array_equal(pictures[0], pictures[-1])
+
+
+def test_inversion_and_permutation_by_context():
+    """A flipped or swapped actuator does what the flipped or swapped action does without it."""
+    rng = np.random.default_rng(0)
+    for env_id, context in (
+        ("di_inv", {"action_factor": -1}),
+        ("cheetah_inv", {"action_factor": -1}),
+        ("di_perm", {"swap": 1}),
+        ("reacher_hard_perm", {"swap": 1}),
+    ):
+        plain, changed = aib_envs.make(env_id), aib_envs.make(env_id, **context)
+        plain.reset(seed=0), changed.reset(seed=0)
+        for _ in range(10):
+            action = rng.uniform(-1, 1, plain.action_space.shape)
+            same = -action if "action_factor" in context else action[::-1]
+            np.testing.assert_array_equal(plain.step(action)[0], changed.step(same)[0])
+
+
+def test_actuator_wrappers_on_any_environment():
+    flipped, plain = aib_envs.ActuatorInversion(gymnasium.make("Pendulum-v1"), -1), gymnasium.make("Pendulum-v1")
+    flipped.reset(seed=0), plain.reset(seed=0)
+    np.testing.assert_array_equal(flipped.step(np.float32([0.7]))[0], plain.step(np.float32([-0.7]))[0])
+    env = aib_envs.ActuatorInversion(aib_envs.make("di_inv"), [1, -1])
+    swapped = aib_envs.ActuatorPermutation(aib_envs.make("di_inv"), [1, 0])
+    plain = aib_envs.make("di_inv")
+    for wrapped, same in ((env, [0.2, -0.8]), (swapped, [0.8, 0.2])):
+        wrapped.reset(seed=0), plain.reset(seed=0)
+        np.testing.assert_allclose(wrapped.step(np.array([0.2, 0.8]))[0], plain.step(np.array(same))[0], atol=1e-7)
+
+
 BAD_CALLS = [
     (lambda: aib_envs.make("cartpole"), "unknown environment 'cartpole' (did you mean cartpole_inv?)"),
-    (lambda: aib_envs.make("cartpole_inv", lenght=1), "unknown context of cartpole_inv 'lenght' (did you mean length?)"),
+    (
+        lambda: aib_envs.make("cartpole_inv", lenght=1),
+        "unknown context of cartpole_inv 'lenght' (did you mean length?)",
+    ),
     (lambda: aib_envs.make("cartpole_inv", length=0), "length=0: must be a finite number above 0"),
     (lambda: aib_envs.make("di_inv", mass=math.nan), "mass=nan: must be a finite number above 0"),
     (lambda: aib_envs.make("ode", c0="x"), "c0='x': must be a finite number"),
     (lambda: aib_envs.context_sets("ode", 0), "n=0: the number of contexts must be a whole number of at least 1"),
-    (lambda: aib_envs.make("ode").reset(options={"state": [1, 2]}), "state [1.0, 2.0]: must be 1 finite numbers"),
+    (lambda: aib_envs.make("di_perm", swap=0.5), "swap=0.5: must be 0 or 1"),
+    (lambda: aib_envs.make("reacher_easy_inv", length=-1), "length=-1: must be a finite number above 0"),
+    (lambda: aib_envs.make("walker", gravity=math.inf), "gravity=inf: must be a finite number"),
+    (lambda: aib_envs.make("di_inv", render_mode="human"), "render_mode 'human': must be None or 'rgb_array'"),
+    (lambda: aib_envs.make("di_inv").reset(options={"stat": 1}), "unknown option 'stat' (did you mean state?)"),
+    (lambda: aib_envs.make("di_inv").reset(options={"target": [1, 2]}), "target [1, 2]: must be 0 finite numbers"),
+    (lambda: aib_envs.make("di_inv").set_context(mass=-1), "mass=-1: must be a finite number above 0"),
+    (lambda: aib_envs.ActuatorInversion(aib_envs.make("di_inv"), [1, 2, 3]), "signs [1, 2, 3]: must be"),
+    (
+        lambda: aib_envs.ActuatorPermutation(aib_envs.make("di_inv"), [0, 0]),
+        "order [0, 0]: must be a permutation of 0 ... 1",
+    ),
+    (lambda: aib_envs.make("ode").reset(options={"state": [1, 2]}), "state [1, 2]: must be 1 finite numbers"),
 ]
 
 
@@ -560,8 +891,9 @@ def test_bad_values_name_what_is_allowed(call, message):
 def test_bad_actions_leave_the_environment_unharmed(env_id):
     env, twin = aib_envs.make(env_id), aib_envs.make(env_id)
     env.reset(seed=0), twin.reset(seed=0)
-    good = np.full(env.d_a, 0.5)
-    for bad in (np.zeros(env.d_a + 1), np.full(env.d_a, np.nan), np.full(env.d_a, np.inf)):
+    d_a = env.action_space.shape[0]
+    good = np.full(d_a, 0.5)
+    for bad in (np.zeros(d_a + 1), np.full(d_a, np.nan), np.full(d_a, np.inf), "left", None):
         with pytest.raises(ValueError, match="finite numbers"):
             env.step(bad)
     np.testing.assert_array_equal(env.step(good)[0], twin.step(good)[0])
@@ -597,7 +929,7 @@ def test_warm_up_fills_the_window_then_resets(train):
     rollout.step()
     assert all(call[2] is train for call in agent.calls)
     assert agent.calls[-1][1].abs().sum() > 0  # the window stays over the reset
-    assert envs.envs[0].t == 1  # warm-up steps do not count towards the horizon
+    assert envs.t == 1  # warm-up steps do not count towards the horizon
 
 
 def test_collecting_samples_and_evaluation_takes_the_mean():
@@ -621,7 +953,7 @@ def test_evaluation_is_repeatable_and_leaves_the_generator_alone():
 
 def test_evaluation_sums_rewards_of_the_counted_episode_only(monkeypatch):
     """An agent that stays at rest, started within the goal: one reward a step, none from the warm-up."""
-    monkeypatch.setattr(aib_envs.DoubleIntegrator, "initial_state", lambda self: np.zeros(4))
+    monkeypatch.setattr(aib_envs.DoubleIntegrator, "initial_state", lambda self, i, rng: np.zeros(4))
     returns = dmash.evaluate(Recorder(2), small_config(), rollouts=1)
     np.testing.assert_array_equal(returns, np.full((3, 4), 100.0))
 
@@ -677,7 +1009,9 @@ def test_eval_reproduces_the_last_row_of_the_run(run, capsys):
     assert dmash.main(["--eval", str(run), "--rollouts", "1", "--threads", "1", "--per-context"]) == 0
     lines = capsys.readouterr().out.splitlines()
     last = read(run / "metrics.csv")[-1]
-    assert lines[-1] == "AER over 4 contexts x 1 rollouts:  " + "  ".join(f"{name} {float(last[name]):.1f}" for name in dmash.SETS)
+    assert lines[-1] == "AER over 4 contexts x 1 rollouts:  " + "  ".join(
+        f"{name} {float(last[name]):.1f}" for name in dmash.SETS
+    )
     assert len(lines) == 2 + 3 * 4 and "action_factor" in lines[0]
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
 
@@ -707,7 +1041,7 @@ def test_training_predicts_the_dynamics_and_reads_the_sign():
     assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:5])
     batch = rollout.replay.sample(400)
     nothing = batch.ds.square().mean()
-    sign = torch.tensor([env.context["action_factor"] for env in rollout.envs.envs]).repeat_interleave(50)
+    sign = torch.tensor(rollout.envs.task.c["action_factor"].tolist()).repeat_interleave(50)
     with torch.no_grad():
         z = agent.g(batch.tau, train=False)
         right = dmash.dynamics_loss(agent.f, agent.h(z), batch)
@@ -749,6 +1083,36 @@ def test_command_line_end_to_end_without_matplotlib_and_tqdm(tmp_path):
     assert len(read(tmp_path / "di_inv__dma_star_sh__s1" / "metrics.csv")) == 2
 
 
+@pytest.mark.parametrize("env_id", [env_id for env_id in aib_envs.ENVS if not env_id.startswith("ode_")] + ["ode_20"])
+def test_every_environment_trains_end_to_end(env_id, tmp_path, monkeypatch):
+    """The whole command on every id, with episodes of 12 steps."""
+    spec = aib_envs.ENVS[env_id]
+    monkeypatch.setitem(aib_envs.ENVS, env_id, dataclasses.replace(spec, horizon=12))
+    assert (
+        dmash.main(
+            small_arguments(tmp_path, env=env_id, K=6, contexts=2, random_steps=3, steps=2, eval_every=1) + ["--K", "6"]
+        )
+        == 0
+    )
+    folder = tmp_path / f"{env_id}__dma_star_sh__s1"
+    assert all(np.isfinite([float(row[name]) for name in dmash.SETS]).all() for row in read(folder / "metrics.csv"))
+    assert list(read(folder / "per_context.csv")[0]) == [
+        "step",
+        "set",
+        "index",
+        *(dim.name for dim in spec.context),
+        "return",
+    ]
+
+
+def test_list_envs(capsys):
+    assert dmash.main(["--list-envs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["id", *aib_envs.ENVS]
+    assert lines[5].split()[:6] == ["cartpole_inv", "Cartpole", "non-overlapping", "1000", "128", "100000"]
+    assert lines[5].endswith("length 0.5, [0.3, 0.85], [0.1, 2]; action_factor in {-1, 1}")
+
+
 def test_importing_has_no_side_effect(tmp_path):
     """Beyond what the libraries do by themselves: no environment variable, file, seed, output or renderer."""
     code = """if True:
@@ -770,7 +1134,9 @@ def test_importing_has_no_side_effect(tmp_path):
 def test_benchmark_prints_every_phase(capsys):
     assert dmash.main("--benchmark --env di_inv --contexts 4 --batch 16 --threads 1".split()) == 0
     out = capsys.readouterr().out
-    for word in "gradient acting environments batch dynamics critic actor targets rest peak update matrix ratio".split():
+    for word in (
+        "gradient acting environments batch dynamics critic actor targets rest vector peak update matrix ratio".split()
+    ):
         assert any(line.split()[0] == word for line in out.splitlines()), word
 
 
@@ -782,7 +1148,7 @@ def test_help_names_every_setting():
 
 BAD_COMMANDS = [
     ("--env cartpole", "unknown environment 'cartpole' (did you mean cartpole_inv?)"),
-    ("--env nonsense", "unknown environment 'nonsense'; known: di_inv, ode, cartpole_inv"),
+    ("--env nonsense", "unknown environment 'nonsense'; known: di_inv, di_friction, di_perm, ode, cartpole_inv, "),
     ("--stepz 5", "unknown argument '--stepz' (did you mean --steps?)"),
     ("extra", "unknown argument 'extra'"),
     ("--steps 0", "--steps 0: must be in [1, inf)"),
@@ -858,3 +1224,41 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(run, tmp_path, capsys):
     torch.save({"g": Attack()}, tmp_path / "checkpoint.pt")
     assert dmash.main(["--eval", str(tmp_path)]) == 2
     assert "checkpoint.pt cannot be read" in capsys.readouterr().err and not (tmp_path / "attacked").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# python test_dmash.py: the tables of the README
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    """Prints how far each environment is from its reference, and what a step of 20 contexts costs."""
+    print("| id | contexts tried | observation | reward | state |\n|---|---|---|---|---|")
+    for env_id in ORACLES:
+        worst, contexts = largest_differences(env_id)
+        print(
+            f"| `{env_id}` | {contexts} | " + " | ".join(f"{difference:.0e}" for difference in worst) + " |", flush=True
+        )
+    print("\n| id | vector step, ms | bare mj_step, ms | ratio | reference, ms | speed-up |\n|---|---|---|---|---|---|")
+    for env_id in aib_envs.ENVS:
+        if env_id.startswith("ode_"):
+            continue
+        vector, bare = dmash.vector_step_times(env_id, 20)
+        row = [f"{vector:.2f}", *((f"{bare:.2f}", f"{vector / bare:.2f}") if bare else ("–", "–"))]
+        if env_id in ORACLES:
+            references = [oracle(env_id, context) for context in aib_envs.context_sets(env_id)["train"]]
+            actions = np.random.default_rng(0).uniform(-1, 1, (50, 20, aib_envs.make(env_id).task.d_a))
+            times = []
+            for step in actions:
+                begin = time.perf_counter()
+                for reference, action in zip(references, step):
+                    reference.step(action)
+                times.append(1e3 * (time.perf_counter() - begin))
+            row += [f"{np.median(times):.2f}", f"{np.median(times) / vector:.1f}"]
+        else:
+            row += ["–", "–"]
+        print(f"| `{env_id}` | " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
