@@ -37,6 +37,7 @@ class ContextDim(NamedTuple):
     train: tuple[float, float]
     extrapolation: tuple[float, float] | None = None
     positive: bool = False  # physically impossible at or below zero
+    below: float = math.inf  # and from here on
     only: tuple[float, ...] | None = None  # the only values that mean anything
 
     @property
@@ -52,7 +53,8 @@ class ContextDim(NamedTuple):
         if self.only is not None:
             ok, allowed = number in self.only, " or ".join(f"{v:g}" for v in self.only)
         elif self.positive:
-            ok, allowed = math.isfinite(number) and number > 0, "a finite number above 0"
+            ok = 0 < number < self.below
+            allowed = "a finite number above 0" + f" and below {self.below:g}" * math.isfinite(self.below)
         else:
             ok, allowed = math.isfinite(number), "a finite number"
         if not ok or isinstance(value, (str, bool)):
@@ -67,7 +69,7 @@ SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))  # 1 exchanges the t
 POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), positive=True)  # half the pole, m
 LENGTH_SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), positive=True)  # multiplies limb lengths
 CUP_GRAVITY = ContextDim("gravity", 9.81, (8.0, 12.0), (1.0, 20.0))  # m/s²
-STRING_LENGTH = ContextDim("distance", 0.3, (0.24, 0.36), (0.1, 0.5), positive=True)  # m
+STRING_LENGTH = ContextDim("distance", 0.3, (0.24, 0.36), (0.1, 0.5), positive=True, below=0.9)  # m, to the ground
 GRAVITY = ContextDim("gravity", 9.81, (4.91, 14.71), (0.98, 19.62))  # m/s²
 STRENGTH = ContextDim("actuator_strength", 1.0, (0.5, 1.5), (0.1, 2.0))  # multiplies the actuators' gear
 
@@ -84,6 +86,9 @@ def context_sets(env_id, n=20, seed=0):
     of its width at both ends (eval_in); 25 below and 25 above it, at least 1 % away, up to the extrapolation limits
     (eval_out). A binary dimension keeps both values. Up to two dimensions, `n` evenly spaced entries of the sorted
     mesh are taken; with more dimensions, `n` random draws of a generator seeded with `seed`.
+
+    With n = 20 both values of a binary dimension get their share; with other n they may not. An n above the size of
+    the mesh repeats contexts.
 
     Returns {"train": [...], "eval_in": [...], "eval_out": [...]}. Raises ValueError for an unknown id or n < 1.
     """
@@ -193,6 +198,13 @@ class Task:
         self.contexts = [dict(context) for context in contexts]
         self.build()
         self.set_state(state)
+
+    def snapshot(self):
+        """All that the next step depends on, as one array (N, ...): here the physical state."""
+        return self.state()
+
+    def restore(self, snapshot):
+        self.set_state(snapshot)
 
     def reset(self, rngs):
         """Starts an episode in every instance, each from its own numpy Generator."""
@@ -375,6 +387,20 @@ class MujocoTask(Task):
     def state(self):
         return np.concatenate([self.qpos, self.qvel], axis=-1)
 
+    WHOLE = mujoco.mjtState.mjSTATE_INTEGRATION  # with what the constraint solver starts from
+
+    def snapshot(self):
+        snapshot = np.empty((self.N, mujoco.mj_stateSize(self.models[0], self.WHOLE)))
+        for (model, data), row in zip(self.pairs, snapshot):
+            mujoco.mj_getState(model, data, row, self.WHOLE)
+        return snapshot
+
+    def restore(self, snapshot):
+        for (model, data), row in zip(self.pairs, snapshot):
+            mujoco.mj_setState(model, data, row, self.WHOLE)
+            mujoco.mj_step1(model, data)
+        self.measure()
+
     def advance(self, actions):
         for ctrl, action in zip(self.ctrls, actions):
             ctrl[:] = action
@@ -519,6 +545,13 @@ class Reacher(MujocoTask):
         angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.2)
         self.target[i] = radius * np.sin(angle), radius * np.cos(angle)
         return np.concatenate([qpos, np.zeros(2)])
+
+    def snapshot(self):
+        return np.concatenate([self.target, super().snapshot()], axis=-1)
+
+    def restore(self, snapshot):
+        self.target = snapshot[:, :2].copy()
+        super().restore(snapshot[:, 2:])
 
     def observation(self):
         return np.concatenate([self.qpos, self.to_target, self.qvel], axis=-1)
@@ -914,7 +947,7 @@ class ContextualEnv(gymnasium.Env):
             raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         self.env_id, self.render_mode = env_id, render_mode
         self.task = lookup(env_id).cls([full_context(env_id, context)])
-        self.horizon, self.t, self.begun = lookup(env_id).horizon, 0, False
+        self.horizon, self.t = lookup(env_id).horizon, None  # None: not yet reset
         largest = float(np.finfo(np.float32).max)
         self.observation_space = gymnasium.spaces.Box(-largest, largest, (self.task.d_s,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (self.task.d_a,), np.float32)
@@ -929,6 +962,7 @@ class ContextualEnv(gymnasium.Env):
 
     def set_context(self, **context):
         """Changes context values now and keeps the physical state."""
+        self.need_reset("set_context")
         self.task.set_contexts([full_context(self.env_id, self.context | context)])
 
     def reset(self, *, seed=None, options=None):
@@ -946,7 +980,7 @@ class ContextualEnv(gymnasium.Env):
             self.task.target = given["target"]
         if given:
             self.task.set_state(given.get("state", self.task.state()))
-        self.t, self.begun = 0, True
+        self.t = 0
         return self.observation(), {"context": self.context}
 
     def check(self, name, value):
@@ -960,11 +994,16 @@ class ContextualEnv(gymnasium.Env):
             raise ValueError(f"{name} {value!r}: must be {size} finite numbers for {self.env_id}")
         return row
 
+    def need_reset(self, call):
+        if self.t is None:
+            raise gymnasium.error.ResetNeeded(f"{self.env_id}: call reset() before {call}()")
+
     def observation(self):
         return self.task.observation()[0].astype(np.float32)
 
     def step(self, action):
         """One step of `action`, (d_a,) in [-1, 1]."""
+        self.need_reset("step")
         try:
             row = np.array([action], dtype=np.float64)
         except (TypeError, ValueError):
@@ -1011,3 +1050,14 @@ class VectorEnv:
         self.t += 1
         observation, reward = self.task.observation(), self.task.reward()
         return observation.astype(np.float32), reward.astype(np.float32), self.t >= self.horizon
+
+    def state_dict(self):
+        """Everything that the next steps and resets depend on, in plain lists and numbers."""
+        states = [rng.bit_generator.state for rng in self.rngs]
+        return {"t": getattr(self, "t", 0), "rngs": states, "task": self.task.snapshot().tolist()}
+
+    def load_state_dict(self, state):
+        self.t = state["t"]
+        self.task.restore(np.array(state["task"]))
+        for rng, rng_state in zip(self.rngs, state["rngs"]):
+            rng.bit_generator.state = rng_state

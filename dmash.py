@@ -26,10 +26,14 @@ import argparse
 import copy
 import csv
 import ctypes
+import io
+import itertools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -50,7 +54,7 @@ import aib_envs
 
 def subsample(B, K, L, train, device=None):
     """Which L of K window positions the encoder reads, (B, L): a random subset in random order, drawn per sample,
-    in training mode; evenly spaced and in time order at evaluation."""
+    in training mode; evenly spaced, oldest first, at evaluation (with L = 1: the oldest)."""
     if train:
         return torch.rand(B, K, device=device).topk(L).indices
     return torch.linspace(0, K - 1, L, device=device).round().long().expand(B, L)
@@ -311,9 +315,11 @@ class Config:
             if not ok:
                 raise BadInput(message)
         try:
-            torch.empty(0, device=self.device)
+            usable = torch.empty(0, device=self.device).device.type in ("cpu", "cuda")
         except (RuntimeError, AssertionError):
-            raise BadInput(f"--device {self.device}: not usable here; allowed: {', '.join(devices())}") from None
+            usable = False
+        if not usable:
+            raise BadInput(f"--device {self.device}: not usable here; allowed: {', '.join(devices())}")
 
     @property
     def L(self):
@@ -348,7 +354,7 @@ def devices():
 
 
 class Batch(NamedTuple):
-    """`256 // N` transitions of each of the N contexts, with the window before each."""
+    """`size // N` transitions of each of the N contexts, with the window before each."""
 
     s: torch.Tensor  # (B, d_s)
     a: torch.Tensor  # (B, d_a)
@@ -378,6 +384,14 @@ class Replay:
         """One transition of every context: s, s2 (N, d_s), a (N, d_a), r (N,)."""
         self.rows[:, self.t % self.capacity] = torch.cat([s, a, s2 - s, r.unsqueeze(-1)], -1)
         self.t += 1
+
+    def state_dict(self):
+        """The filled part of the rings and the count."""
+        return {"rows": self.rows[:, : min(self.t, self.capacity)].clone(), "t": self.t}
+
+    def load_state_dict(self, state):
+        self.t = state["t"]
+        self.rows[:, : min(self.t, self.capacity)] = state["rows"]
 
     def windows(self, n, t, train):
         """The windows before transitions t (B,) of contexts n (B,), subsampled: (B, L, 2 d_s + d_a)."""
@@ -411,7 +425,7 @@ def dynamics_loss(f, omega, batch):
 
 
 def critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma):
-    """SAC's Bellman error, summed over the two critics; the target carries the same ω."""
+    """SAC's Bellman error, summed over the two critics; the target carries the same ω, of the window before s."""
     s, a, r, s2 = batch.s, batch.a, batch.r, batch.s2
     omega = omega.detach()  # Eq. 2
     with torch.no_grad():
@@ -443,7 +457,8 @@ def temperature_loss(log_alpha, logp, target_entropy):
 
 
 def minimise(optimizer, loss):
-    """One step of `optimizer`. Gradients are computed for its own parameters and no others."""
+    """One step of `optimizer`. Gradients are computed for its own parameters and no others, which saves the critics'
+    in the policy's step. For an RL loss to train η, its detach must go and its optimizer must hold η."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -484,7 +499,8 @@ class Agent:
     def update(self, batch, step):
         """One gradient step: Eq. 1 on φ, η, θ, then SAC on ζ and ξ with the same ω, a constant there.
 
-        Returns the losses and α as 0-d tensors; no actor_loss on the steps that leave the policy alone.
+        That ω, from before the dynamics step and with one draw of masks, serves critics and policy. Returns the losses
+        and α as 0-d tensors; no actor_loss on the steps that leave the policy alone.
         """
         losses = {}
         losses["dynamics_loss"], omega = self.dynamics_step(batch)
@@ -508,23 +524,25 @@ class Agent:
         return loss.detach()
 
     def actor_step(self, batch, omega):
-        """ξ <- ξ - α₁ ∇L and the temperature, as many times as steps were skipped."""
+        """ξ <- ξ - α₁ ∇L and the temperature, `actor_every` times: on average once a gradient step."""
         for _ in range(self.cfg.actor_every):
             loss, logp = actor_loss(self.pi, self.Q, self.alpha, omega, batch)
             minimise(self.actor_opt, loss)
             minimise(self.alpha_opt, temperature_loss(self.log_alpha, logp, self.target_entropy))
         return loss.detach()
 
+    @torch.no_grad()
     def target_step(self):
         """Moves the target critics by τ towards the critics."""
         torch._foreach_lerp_(list(self.Q_target.parameters()), list(self.Q.parameters()), self.cfg.tau)
 
     NETWORKS = ("g", "h", "f", "pi", "Q", "Q_target")
+    OPTIMIZERS = ("dynamics_opt", "critic_opt", "actor_opt", "alpha_opt")
 
     def state_dict(self):
-        return {name: getattr(self, name).state_dict() for name in self.NETWORKS} | {
-            "log_alpha": self.log_alpha.detach()
-        }
+        """The networks and the temperature: what acting and evaluating need."""
+        state = {name: getattr(self, name).state_dict() for name in self.NETWORKS}
+        return state | {"log_alpha": self.log_alpha.detach()}
 
     def load_state_dict(self, state):
         for name in self.NETWORKS:
@@ -559,7 +577,7 @@ class Rollout:
         self.s = self.tensor(self.envs.reset())
         for _ in range(self.replay.K):
             self.step(random)
-        self.s = self.tensor(self.envs.reset())
+        self.s, self.done = self.tensor(self.envs.reset()), False
 
     def step(self, random=False):
         """One step in every context; random: uniform actions. Sets `done` at the horizon. Returns rewards (N,)."""
@@ -575,6 +593,15 @@ class Rollout:
 
     def tensor(self, array):
         return torch.from_numpy(array).to(self.replay.rows.device)
+
+    def state_dict(self):
+        s = None if self.done else self.s
+        return {"replay": self.replay.state_dict(), "envs": self.envs.state_dict(), "done": self.done, "s": s}
+
+    def load_state_dict(self, state):
+        self.replay.load_state_dict(state["replay"])
+        self.envs.load_state_dict(state["envs"])
+        self.done, self.s = state["done"], state["s"]
 
 
 SETS = ("train", "eval_in", "eval_out")
@@ -606,52 +633,118 @@ def evaluate(agent, cfg, rollouts):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def start(cfg):
-    """Seeds everything and builds the agent and the rollout that collects."""
+def set_up(cfg):
+    """Threads, memory and seed, and the agent."""
     torch.set_num_threads(cfg.threads)
     keep_freed_memory()
     torch.manual_seed(cfg.seed)
+    task = aib_envs.lookup(cfg.env).cls
+    return Agent(cfg, task.d_s, task.d_a)
+
+
+def start(cfg):
+    """The agent, and the rollout that collects."""
+    agent = set_up(cfg)
     envs = aib_envs.VectorEnv(cfg.env, aib_envs.context_sets(cfg.env, cfg.contexts)["train"], seed=[cfg.seed, 0])
-    agent = Agent(cfg, envs.d_s, envs.d_a)
     return agent, new_rollout(cfg, agent, envs, cfg.buffer, train=True)
 
 
-def train(cfg):
-    """One run: random steps, then `cfg.steps` times one step of all contexts and one gradient step."""
-    open_run_folder(cfg)
-    began = time.perf_counter()
-    agent, rollout = start(cfg)
-    for _ in range(cfg.random_steps):
-        rollout.collect(random=True)
-    bar = progress_bar(cfg.steps)
-    losses, resumed = [], time.perf_counter()
-    for step in range(1, cfg.steps + 1):
-        rollout.collect()
-        losses.append(agent.update(rollout.replay.sample(cfg.batch), step))
-        if bar:
-            bar.update()
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            rate = len(losses) / (time.perf_counter() - resumed)  # evaluation left out
-            returns = evaluate(agent, cfg, cfg.rollouts if step == cfg.steps else cfg.eval_rollouts)
-            row = {"step": step, "env_steps": rollout.replay.t * rollout.replay.N}
-            row |= {"seconds": time.perf_counter() - began, "steps_per_second": rate} | means(losses)
-            row |= {name: set_returns.mean() for name, set_returns in zip(SETS, returns)}
-            save(cfg, agent, row, returns)
-            (bar.write if bar else print)(summary(row, cfg.steps))
-            sys.stdout.flush()
-            losses, resumed = [], time.perf_counter()
-    if bar:
-        bar.close()
-    print(f"{cfg.folder}: metrics.csv, per_context.csv, checkpoint.pt, config.json{', curve.png' * plot(cfg.folder)}")
+class Run:
+    """A run and everything that it must remember to go on as if it had never stopped."""
 
+    def __init__(self, cfg, folder, lock):
+        self.cfg, self.folder, self.lock = cfg, folder, lock
+        self.agent, self.rollout = start(cfg)
+        self.step, self.seconds, self.losses = 0, 0.0, {name: [] for name in LOSSES}  # losses since the last row
 
-def means(losses):
-    """The mean of each loss over the steps that have it."""
-    series = {name: [step[name] for step in losses if name in step] for name in LOSSES}
-    return {name: torch.stack(values).mean().item() if values else math.nan for name, values in series.items()}
+    def state_dict(self):
+        """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
+        generators = [torch.get_rng_state()]
+        if self.cfg.device != "cpu":
+            generators.append(torch.cuda.get_rng_state(self.cfg.device))
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": {name: torch.tensor(values) for name, values in self.losses.items()},
+            "agent": self.agent.state_dict(),
+            "optimizers": {name: getattr(self.agent, name).state_dict() for name in self.agent.OPTIMIZERS},
+            "rollout": self.rollout.state_dict(),
+            "generators": generators,
+        }
+
+    def load_state_dict(self, state):
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.losses = {name: list(values.unbind()) for name, values in state["losses"].items()}
+        self.agent.load_state_dict(state["agent"])
+        for name in self.agent.OPTIMIZERS:
+            getattr(self.agent, name).load_state_dict(state["optimizers"][name])
+        self.rollout.load_state_dict(state["rollout"])
+        torch.set_rng_state(state["generators"][0].cpu())
+        if self.cfg.device != "cpu":
+            torch.cuda.set_rng_state(state["generators"][1].cpu(), self.cfg.device)
+
+    def save(self):
+        """policy.pt and checkpoint.pt, each replaced in one move; the checkpoint before it is kept."""
+        write_file(self.agent.state_dict() | {"step": self.step}, self.folder / "policy.pt")
+        write_file(self.state_dict(), self.folder / "checkpoint.pt", keep=self.folder / "checkpoint.previous.pt")
 
 
 LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
+
+
+def train(run):
+    """Random steps, then `cfg.steps` times one step of all contexts and one gradient step. From the start, or from
+    where `run` was restored. SIGINT or SIGTERM: saves and returns."""
+    cfg, agent, rollout = run.cfg, run.agent, run.rollout
+    stop, began, bar = catch_signals(), time.perf_counter() - run.seconds, progress_bar(run.step, cfg.steps)
+    if run.step == 0:
+        for _ in range(cfg.random_steps):
+            rollout.collect(random=True)
+    paused, resumed_at = time.perf_counter(), run.step
+    while run.step < cfg.steps and not stop:
+        run.step += 1
+        rollout.collect()
+        for name, value in agent.update(rollout.replay.sample(cfg.batch), run.step).items():
+            run.losses[name].append(value)
+        if bar:
+            bar.update()
+        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
+            rate = (run.step - resumed_at) / (time.perf_counter() - paused)  # evaluation left out
+            returns = evaluate(agent, cfg, cfg.rollouts if run.step == cfg.steps else cfg.eval_rollouts)
+            row = {"step": run.step, "env_steps": rollout.replay.t * rollout.replay.N}
+            row |= {"seconds": time.perf_counter() - began, "steps_per_second": rate}
+            row |= {name: torch.stack(v).mean().item() if v else math.nan for name, v in run.losses.items()}
+            row |= {name: set_returns.mean() for name, set_returns in zip(SETS, returns)}
+            append(run.folder / "metrics.csv", [row])
+            append(run.folder / "per_context.csv", per_context_rows(cfg, run.step, returns))
+            (bar.write if bar else print)(summary(row, cfg.steps))
+            sys.stdout.flush()
+            run.seconds, run.losses = time.perf_counter() - began, {name: [] for name in LOSSES}
+            run.save()
+            paused, resumed_at = time.perf_counter(), run.step
+    if bar:
+        bar.close()
+    if stop:
+        run.seconds = time.perf_counter() - began
+        run.save()
+        print(f"stopped at step {run.step:,}; to go on: python dmash.py --resume {run.folder}")
+    else:
+        print(f"{run.folder}: metrics.csv, per_context.csv, policy.pt, checkpoint.pt{', curve.png' * plot(run.folder)}")
+    run.lock.close()
+
+
+def catch_signals():
+    """A list that SIGINT and SIGTERM put something into. The second time, a signal acts as it always did."""
+    caught = []
+
+    def handler(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+    return caught
 
 
 def summary(row, steps):
@@ -664,18 +757,18 @@ def summary(row, steps):
     )
 
 
-def progress_bar(total):
+def progress_bar(initial, total):
     """tqdm's bar with rate and time left, where there is a terminal and tqdm; else None."""
     if sys.stderr.isatty():
         try:
             from tqdm import tqdm
         except ImportError:
             return None
-        return tqdm(total=total, unit="step", smoothing=0.05)
+        return tqdm(initial=initial, total=total, unit="step", smoothing=0.05)
 
 
 def keep_freed_memory():
-    """Lets glibc keep freed blocks. By default it returns blocks of the size of ω (8 MB) to the system at once, and
+    """Lets glibc keep freed blocks. By default it returns blocks as large as W_down (8 MB) to the system at once, and
     clearing fresh pages then takes a third of the time of a gradient step. No effect on other systems."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
@@ -690,25 +783,106 @@ def keep_freed_memory():
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def open_run_folder(cfg):
-    """Makes the folder and writes config.json. BadInput if it holds a run already or cannot be written."""
-    if (cfg.folder / "config.json").exists():
-        raise BadInput(f"{cfg.folder} already holds a run; choose another --seed or --out, or move it away")
+def new_run(cfg):
+    """A Run in a new folder. BadInput if the folder holds a run already or cannot be written."""
+    folder = cfg.folder
+    if (folder / "config.json").exists():
+        raise BadInput(f"{folder} already holds a run; choose another --seed or --out, or go on with --resume {folder}")
     try:
-        cfg.folder.mkdir(parents=True, exist_ok=True)
-        settings = {"method": METHOD} | asdict(cfg)
-        (cfg.folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder)
+        replace_file(folder / "config.json", config_text(cfg))
     except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot write {cfg.folder} ({error.strerror})") from None
+        raise BadInput(f"--out {cfg.out}: cannot write {folder} ({error.strerror})") from None
+    return Run(cfg, folder, held)
 
 
-def save(cfg, agent, row, returns):
-    """After an evaluation: the checkpoint (replaced in one move), then a row of metrics and one row a context."""
-    partial = cfg.folder / "checkpoint.pt.partial"
-    torch.save(agent.state_dict() | {"step": row["step"]}, partial)
-    os.replace(partial, cfg.folder / "checkpoint.pt")
-    append(cfg.folder / "metrics.csv", [row])
-    append(cfg.folder / "per_context.csv", per_context_rows(cfg, row["step"], returns))
+def resume_run(folder, steps=None):
+    """The Run in `folder` as its last checkpoint left it, with more `steps` if given; rows that were written after
+    that checkpoint are dropped, to be written again. BadInput names what cannot be read."""
+    folder = Path(folder)
+    settings = read_config(folder, "--resume")
+    if steps is not None and steps < settings["steps"]:
+        raise BadInput(f"--steps {steps}: may only be raised on --resume, here from {settings['steps']}")
+    cfg = Config(**(settings | ({"steps": steps} if steps else {})))
+    run = Run(cfg, folder, lock(folder))
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists() or (folder / "checkpoint.previous.pt").exists():
+        run.load_state_dict(read_file(checkpoint, cfg.device, "--resume"))
+    for name in ("metrics.csv", "per_context.csv"):
+        if (folder / name).exists():
+            header, *lines = (folder / name).read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= run.step]
+            replace_file(folder / name, "".join([header, *kept]).encode())
+    if steps:
+        replace_file(folder / "config.json", config_text(cfg))
+    return run
+
+
+def lock(folder):
+    """An open file that holds the folder for this process until it is closed, or the process ends, however it ends.
+    BadInput if another process holds it."""
+    file = open(folder / "lock", "w")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise BadInput(f"{folder} is in use by another process") from None
+    return file
+
+
+def config_text(cfg):
+    return (json.dumps({"method": METHOD} | asdict(cfg), indent=2) + "\n").encode()
+
+
+def replace_file(path, data, keep=None):
+    """Writes bytes beside `path`, has them reach the disk, moves them over `path`; what was there goes to `keep`."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep and path.exists():
+        os.replace(path, keep)
+    os.replace(partial, path)
+
+
+def write_file(state, path, keep=None):
+    """torch.save by `replace_file`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    replace_file(path, buffer.getbuffer(), keep)
+
+
+def read_file(path, device, option):
+    """A saved state, read without running any code in it. BadInput if it cannot be read."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        kept = path.with_name("checkpoint.previous.pt")
+        hint = f"; the one before it is {kept.name}, to go on from there: rename it to {path.name}"
+        hint = hint if path.name == "checkpoint.pt" and kept.exists() else ""
+        raise BadInput(f"{option} {path.parent}: {path.name} cannot be read ({one_line(error)}){hint}") from None
+
+
+def read_config(folder, option):
+    """The settings of a run folder. BadInput if there are none, or not such ones."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{option} {folder}: no run folder (it has no config.json)")
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        method = settings.pop("method")
+        if method != METHOD or set(settings) != {f.name for f in fields(Config)}:
+            raise ValueError("its settings are not those of this program")
+        return settings
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{option} {folder}: config.json cannot be read ({one_line(error)})") from None
 
 
 def per_context_rows(cfg, step, returns):
@@ -725,7 +899,7 @@ def append(path, rows):
     """Appends dicts to a CSV file, with a header if it is new; floats to 6 digits. On disk when it returns."""
     new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if new:
             writer.writerow(rows[0])
         writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
@@ -736,23 +910,15 @@ def append(path, rows):
 def load_run(folder, **changes):
     """The Config and the trained Agent of a run folder, some settings changed. BadInput names what cannot be read."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"--eval {folder}: no run folder (it has no config.json)")
+    cfg = Config(**(read_config(folder, "--eval") | changes))
+    if not (folder / "policy.pt").is_file():
+        raise BadInput(f"--eval {folder}: no policy.pt; the first is written at the first evaluation")
+    state = read_file(folder / "policy.pt", cfg.device, "--eval")
+    agent = set_up(cfg)
     try:
-        settings = json.loads((folder / "config.json").read_text())
-        settings.pop("method")
-        cfg = Config(**(settings | changes))
-    except BadInput:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"--eval {folder}: config.json cannot be read ({one_line(error)})") from None
-    if not (folder / "checkpoint.pt").is_file():
-        raise BadInput(f"--eval {folder}: no checkpoint.pt; the first is written at the first evaluation")
-    agent, _ = start(cfg)
-    try:
-        agent.load_state_dict(torch.load(folder / "checkpoint.pt", map_location=cfg.device, weights_only=True))
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise BadInput(f"--eval {folder}: checkpoint.pt cannot be read ({one_line(error)})") from None
+        agent.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--eval {folder}: policy.pt cannot be read ({one_line(error)})") from None
     return cfg, agent
 
 
@@ -775,7 +941,7 @@ def read_csv(path):
 
 def plot(folder):
     """Draws curve.png: returns over steps by set and by binary context, and the last returns against each context
-    value. Returns whether it could: False without matplotlib."""
+    value (triangles: inverted or swapped). Returns whether it could: False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -786,38 +952,31 @@ def plot(folder):
     colours = dict(zip(SETS, ("tab:blue", "tab:green", "tab:red")))
     panels = 1 + len(binary) + len(spec.context)
     figure = Figure(figsize=(3.6 * panels, 3.2), layout="constrained")
-    axes = iter(figure.subplots(1, panels, sharey=True))
+    axes = iter(np.atleast_1d(figure.subplots(1, panels, sharey=True)))
+    steps = [row["step"] for row in metrics]
 
     ax = next(axes)
     for name in SETS:
-        ax.plot([row["step"] for row in metrics], [row[name] for row in metrics], ".-", color=colours[name], label=name)
-    ax.set(xlabel="gradient steps", ylabel="average episodic return", title=f"{folder.name}")
+        ax.plot(steps, [row[name] for row in metrics], ".-", color=colours[name], label=name)
+    ax.set(xlabel="gradient steps", ylabel="average episodic return", title=folder.resolve().name)
     for dim in binary:
-        ax_sign = next(axes)
-        for value, line in zip(dim.train, (".--", ".-")):
-            for name in SETS:
-                means = [
-                    np.mean(
-                        [
-                            c["return"]
-                            for c in contexts
-                            if (c["step"], c["set"], c[dim.name]) == (row["step"], name, value)
-                        ]
-                    )
-                    for row in metrics
-                ]
-                label = f"{dim.name} = {value:g}" if name == "train" else None
-                ax_sign.plot([row["step"] for row in metrics], means, line, color=colours[name], label=label)
-        ax_sign.set(xlabel="gradient steps", title=f"by {dim.name}")
+        ax = next(axes)
+        for value, name in itertools.product(dim.train, SETS):
+            rows = [c for c in contexts if c["set"] == name and c[dim.name] == value]
+            returns = [[c["return"] for c in rows if c["step"] == step] for step in steps]
+            line = ".-" if value == dim.default else ".--"
+            label = f"{dim.name} = {value:g}" if name == "train" else None
+            ax.plot(steps, [np.mean(r) if r else np.nan for r in returns], line, color=colours[name], label=label)
+        ax.set(xlabel="gradient steps", title=f"by {dim.name}")
     for dim in spec.context:
-        ax_dim = next(axes)
+        ax = next(axes)
         for c in contexts:
-            if c["step"] == metrics[-1]["step"]:
-                inverted = any(c[other.name] == other.train[0] for other in binary)
-                ax_dim.plot(c[dim.name], c["return"], "v" if inverted else "o", color=colours[c["set"]], alpha=0.7)
+            if c["step"] == steps[-1]:
+                changed = any(c[other.name] != other.default for other in binary)
+                ax.plot(c[dim.name], c["return"], "v" if changed else "o", color=colours[c["set"]], alpha=0.7)
         if not dim.binary:
-            ax_dim.axvspan(*dim.train, color="0.92", zorder=0)  # the train range
-        ax_dim.set(xlabel=dim.name, title="last evaluation")
+            ax.axvspan(*dim.train, color="0.92", zorder=0)  # the train range
+        ax.set(xlabel=dim.name, title="last evaluation")
     for ax in figure.axes[: 1 + len(binary)]:
         ax.legend()
     figure.savefig(folder / "curve.png", dpi=110)
@@ -841,7 +1000,7 @@ def benchmark(cfg):
             begin = time.perf_counter()
             result = function(*args, **kwargs)
             if cfg.device != "cpu":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(cfg.device)
             phases[phase] += time.perf_counter() - begin
             return result
 
@@ -958,6 +1117,7 @@ def build_parser():
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="RUN_FOLDER", help="evaluate the checkpoint of a run instead of training")
+    modes.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a run; --steps may be raised")
     modes.add_argument(
         "--benchmark", action="store_true", help="time the phases of a gradient step instead of training"
     )
@@ -1006,7 +1166,7 @@ def list_envs():
         print(row(env, spec.paper_name, spec.kind, spec.horizon, *PER_ENV[env], "; ".join(dims)))
 
 
-EVAL_SETTINGS = ("rollouts", "threads", "device")
+ALLOWED_WITH = {"--eval": ("rollouts", "threads", "device"), "--resume": ("steps",)}
 
 
 def main(argv=None):
@@ -1018,24 +1178,29 @@ def main(argv=None):
             flags = [option for action in parser._actions for option in action.option_strings]
             raise BadInput(aib_envs.unknown("argument", rest[0], flags))
         settings = vars(given)
-        modes = ("eval", "benchmark", "list_envs", "per_context")
-        run_folder, timing, listing, table = (settings.pop(name) for name in modes)
+        modes = ("eval", "resume", "benchmark", "list_envs", "per_context")
+        run_folder, unfinished, timing, listing, table = (settings.pop(name) for name in modes)
         if table and not run_folder:
             raise BadInput("--per-context: allowed only with --eval RUN_FOLDER")
+        for mode, used in (("--eval", run_folder), ("--resume", unfinished)):
+            for name in settings if used else ():
+                if name not in ALLOWED_WITH[mode]:
+                    raise BadInput(
+                        f"{flag(name)}: not with {mode}, which allows {', '.join(map(flag, ALLOWED_WITH[mode]))}"
+                    )
         if run_folder:
-            for name in settings:
-                if name not in EVAL_SETTINGS:
-                    raise BadInput(f"{flag(name)}: not with --eval, which allows {', '.join(map(flag, EVAL_SETTINGS))}")
             print_evaluation(*load_run(run_folder, **settings), table)
         elif listing:
             list_envs()
         elif timing:
             benchmark(Config(**settings))
         else:
-            train(Config(**settings))
+            train(resume_run(unfinished, **settings) if unfinished else new_run(Config(**settings)))
     except BadInput as error:
         print(f"dmash.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

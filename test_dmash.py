@@ -40,7 +40,7 @@ def small_config(**changes):
 
 def small_arguments(out, **changes):
     cfg = small_config(**changes)
-    names = ("env", "contexts", "batch", "random_steps", "steps", "eval_every", "rollouts", "threads", "seed")
+    names = ("env", "contexts", "batch", "random_steps", "steps", "eval_every", "rollouts", "threads", "seed", "K")
     return [text for name in names for text in (dmash.flag(name), str(getattr(cfg, name)))] + ["--out", str(out)]
 
 
@@ -345,6 +345,7 @@ def test_update_schedule():
             for target, old, new in zip(agent.Q_target.parameters(), before, agent.Q.parameters()):
                 torch.testing.assert_close(target, 0.995 * old + 0.005 * new)
     assert len(calls) == 4
+    assert all(p.is_leaf and not p.requires_grad for p in agent.Q_target.parameters())  # else a graph grows with them
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -866,6 +867,7 @@ BAD_CALLS = [
     (lambda: aib_envs.context_sets("ode", 0), "n=0: the number of contexts must be a whole number of at least 1"),
     (lambda: aib_envs.make("di_perm", swap=0.5), "swap=0.5: must be 0 or 1"),
     (lambda: aib_envs.make("reacher_easy_inv", length=-1), "length=-1: must be a finite number above 0"),
+    (lambda: aib_envs.make("ball_in_cup", distance=1.2), "distance=1.2: must be a finite number above 0 and below 0.9"),
     (lambda: aib_envs.make("walker", gravity=math.inf), "gravity=inf: must be a finite number"),
     (lambda: aib_envs.make("di_inv", render_mode="human"), "render_mode 'human': must be None or 'rgb_array'"),
     (lambda: aib_envs.make("di_inv").reset(options={"stat": 1}), "unknown option 'stat' (did you mean state?)"),
@@ -885,6 +887,12 @@ def test_bad_values_name_what_is_allowed(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_step_before_reset_is_told():
+    for call in (lambda env: env.step(np.zeros(2)), lambda env: env.set_context(mass=1)):
+        with pytest.raises(gymnasium.error.ResetNeeded, match="call reset"):
+            call(aib_envs.make("di_inv"))
 
 
 @pytest.mark.parametrize("env_id", aib_envs.ENVS)
@@ -930,6 +938,18 @@ def test_warm_up_fills_the_window_then_resets(train):
     assert all(call[2] is train for call in agent.calls)
     assert agent.calls[-1][1].abs().sum() > 0  # the window stays over the reset
     assert envs.t == 1  # warm-up steps do not count towards the horizon
+
+
+@pytest.mark.parametrize("K", [99, 100])
+def test_a_warm_up_as_long_as_an_episode_does_not_end_it(K):
+    cfg = small_config(K=K, contexts=2)
+    rollout = dmash.new_rollout(cfg, Recorder(2), aib_envs.VectorEnv("di_inv", [{}], seed=0), 300, train=False)
+    rollout.begin_episode()
+    steps = 0
+    while not rollout.done:
+        rollout.step()
+        steps += 1
+    assert steps == 100
 
 
 def test_collecting_samples_and_evaluation_takes_the_mean():
@@ -980,7 +1000,9 @@ def run(tmp_path_factory):
 
 
 def test_run_folder(run):
-    assert {"config.json", "metrics.csv", "per_context.csv", "checkpoint.pt"} <= {path.name for path in run.iterdir()}
+    assert {"config.json", "metrics.csv", "per_context.csv", "checkpoint.pt", "policy.pt"} <= {
+        path.name for path in run.iterdir()
+    }
     metrics, contexts = read(run / "metrics.csv"), read(run / "per_context.csv")
     assert list(metrics[0]) == (
         "step env_steps seconds steps_per_second dynamics_loss critic_loss actor_loss alpha train eval_in eval_out".split()
@@ -996,8 +1018,8 @@ def test_run_folder(run):
     assert (config["method"], config["env"], config["K"], config["steps"]) == ("dma_star_sh", "di_inv", 24, 40)
 
 
-def test_checkpoint_holds_plain_state_dicts(run):
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+def test_policy_holds_plain_state_dicts(run):
+    state = torch.load(run / "policy.pt", weights_only=True)
     assert state["step"] == 40 and set(state) == {"g", "h", "f", "pi", "Q", "Q_target", "log_alpha", "step"}
     agent = dmash.Agent(small_config(), 4, 2)
     agent.load_state_dict(state)
@@ -1018,11 +1040,113 @@ def test_eval_reproduces_the_last_row_of_the_run(run, capsys):
 
 def test_same_seed_same_metrics_bit_for_bit(run, tmp_path):
     assert dmash.main(small_arguments(tmp_path)) == 0
-    again = tmp_path / run.name
-    assert timeless(read(again / "metrics.csv")) == timeless(read(run / "metrics.csv"))
-    assert (again / "per_context.csv").read_bytes() == (run / "per_context.csv").read_bytes()
-    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, again))
-    assert all(torch.equal(ours[net][name], theirs[net][name]) for net in dmash.Agent.NETWORKS for name in ours[net])
+    assert same_run(tmp_path / run.name, run)
+
+
+class StopAfter:
+    """Stands for the list that signals go to: says stop when it was asked n times."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def same_run(ours, theirs):
+    """Whether two finished run folders hold the same results, bit for bit and times aside."""
+    states = [torch.load(folder / "policy.pt", weights_only=True) for folder in (ours, theirs)]
+    return (
+        timeless(read(ours / "metrics.csv")) == timeless(read(theirs / "metrics.csv"))
+        and (ours / "per_context.csv").read_bytes() == (theirs / "per_context.csv").read_bytes()
+        and all(
+            torch.equal(states[0][net][k], states[1][net][k]) for net in dmash.Agent.NETWORKS for k in states[0][net]
+        )
+        and torch.equal(states[0]["log_alpha"], states[1]["log_alpha"])
+    )
+
+
+@pytest.mark.parametrize("stops", [(1,), (20,), (7, 15, 2), (39,)])
+def test_a_stopped_and_resumed_run_equals_the_undisturbed_one(stops, run, tmp_path, monkeypatch):
+    """Stopped in and between evaluations and episodes (one ends at step 40, of 100 with 60 random ones)."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dmash, "catch_signals", lambda: StopAfter(stops[0]))
+        assert dmash.main(small_arguments(tmp_path)) == 0
+        folder = tmp_path / run.name
+        for steps in stops[1:]:
+            patch.setattr(dmash, "catch_signals", lambda: StopAfter(steps))
+            assert dmash.main(["--resume", str(folder)]) == 0
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == sum(stops)
+    assert dmash.main(["--resume", str(folder)]) == 0
+    assert same_run(folder, run)
+
+
+@pytest.mark.parametrize("env_id", ["reacher_easy_inv", "cheetah_inv", "hopper_gym"])
+def test_resuming_in_mid_episode_restores_the_physics(env_id, tmp_path, monkeypatch):
+    arguments = dict(env=env_id, K=4, contexts=2, batch=4, random_steps=5, steps=30, eval_every=40)
+    monkeypatch.setitem(aib_envs.ENVS, env_id, dataclasses.replace(aib_envs.ENVS[env_id], horizon=25))
+    for name, stop in (("whole", 99), ("stopped", 14)):
+        with monkeypatch.context() as patch:
+            patch.setattr(dmash, "catch_signals", lambda stop=stop: StopAfter(stop))
+            assert dmash.main(small_arguments(tmp_path / name, **arguments)) == 0
+    folder = f"{env_id}__dma_star_sh__s1"
+    assert dmash.main(["--resume", str(tmp_path / "stopped" / folder)]) == 0
+    assert same_run(tmp_path / "whole" / folder, tmp_path / "stopped" / folder)
+
+
+def test_rows_after_the_checkpoint_are_written_again(run, tmp_path):
+    """As after a kill between a row and its checkpoint, in the middle of a line."""
+    folder = tmp_path / run.name
+    folder.mkdir()
+    for path in run.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    os.replace(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")  # of step 20
+    with open(folder / "metrics.csv", "a") as file:
+        file.write("60,12")
+    assert dmash.main(["--resume", str(folder)]) == 0
+    assert same_run(folder, run)
+
+
+def test_steps_may_be_raised_on_resume(run, tmp_path, capsys):
+    folder = tmp_path / run.name
+    folder.mkdir()
+    for path in run.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert dmash.main(["--resume", str(folder), "--steps", "50"]) == 0
+    assert [row["step"] for row in read(folder / "metrics.csv")] == ["20", "40", "50"]
+    assert json.loads((folder / "config.json").read_text())["steps"] == 50
+    capsys.readouterr()
+    assert dmash.main(["--resume", str(folder), "--steps", "45"]) == 2
+    assert "--steps 45: may only be raised on --resume, here from 50" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(run, tmp_path, capsys):
+    for path in run.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = (tmp_path / "checkpoint.pt").read_bytes()
+    before = (tmp_path / "metrics.csv").read_bytes()
+    for damaged in (data[: len(data) // 2], b"", b"x" * 1000):
+        (tmp_path / "checkpoint.pt").write_bytes(damaged)
+        assert dmash.main(["--resume", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "checkpoint.pt cannot be read" in error and "checkpoint.previous.pt" in error and error.count("\n") == 1
+        assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of this kind are not sent on Windows")
+def test_sigterm_saves_and_a_second_process_is_refused(run, tmp_path):
+    command_line = [sys.executable, str(HERE / "dmash.py"), *small_arguments(tmp_path, steps=100_000)]
+    process = subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("step 20 ")
+    folder = tmp_path / run.name
+    refused = command("--resume", folder)
+    assert refused.returncode == 2 and refused.stderr == f"dmash.py: error: {folder} is in use by another process\n"
+    process.terminate()
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and error == ""
+    assert out.splitlines()[-1].endswith(f"to go on: python dmash.py --resume {folder}")
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] >= 20
 
 
 def test_another_seed_gives_another_run(run, tmp_path):
@@ -1053,7 +1177,7 @@ def test_training_predicts_the_dynamics_and_reads_the_sign():
 def test_a_training_step_updates_every_network(run):
     """The short run took real gradient steps: its networks differ from the freshly seeded ones."""
     fresh, _ = dmash.start(small_config())
-    trained = torch.load(run / "checkpoint.pt", weights_only=True)
+    trained = torch.load(run / "policy.pt", weights_only=True)
     for net in dmash.Agent.NETWORKS:
         for name, value in getattr(fresh, net).state_dict().items():
             assert not torch.equal(value, trained[net][name]), (net, name)
@@ -1176,6 +1300,10 @@ BAD_COMMANDS = [
     ("--eval nowhere", "--eval nowhere: no run folder"),
     ("--eval nowhere --steps 5", "--steps: not with --eval"),
     ("--eval nowhere --benchmark", "not allowed with argument --eval"),
+    ("--eval nowhere --resume elsewhere", "not allowed with argument --eval"),
+    ("--resume nowhere", "--resume nowhere: no run folder"),
+    ("--resume nowhere --seed 3", "--seed: not with --resume, which allows --steps"),
+    ("--device meta", "--device meta: not usable here; allowed: cpu"),
     ("--out /dev/null", "--out /dev/null: cannot write"),
 ]
 
@@ -1191,14 +1319,14 @@ def test_bad_input_gets_one_line_and_status_2(arguments, message, capsys, tmp_pa
 
 
 DAMAGES = [
-    ("checkpoint.pt", lambda data: data[: len(data) // 2], "checkpoint.pt cannot be read"),
-    ("checkpoint.pt", lambda data: b"", "checkpoint.pt cannot be read"),
-    ("checkpoint.pt", None, "no checkpoint.pt"),
+    ("policy.pt", lambda data: data[: len(data) // 2], "policy.pt cannot be read"),
+    ("policy.pt", lambda data: b"", "policy.pt cannot be read"),
+    ("policy.pt", None, "no policy.pt"),
     ("config.json", lambda data: data[:20], "config.json cannot be read"),
     ("config.json", lambda data: b"[1]", "config.json cannot be read"),
     ("config.json", lambda data: data.replace(b'"gamma": 0.99', b'"gamma": 7'), "--gamma 7: must be in [0, 1]"),
     ("config.json", lambda data: data.replace(b'"gamma"', b'"gamme"'), "config.json cannot be read"),
-    ("config.json", lambda data: data.replace(b'"hidden": 256', b'"hidden": 128'), "checkpoint.pt cannot be read"),
+    ("config.json", lambda data: data.replace(b'"hidden": 256', b'"hidden": 128'), "policy.pt cannot be read"),
     ("config.json", None, "no run folder"),
 ]
 
@@ -1221,9 +1349,9 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(run, tmp_path, capsys):
 
     for path in run.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    torch.save({"g": Attack()}, tmp_path / "checkpoint.pt")
+    torch.save({"g": Attack()}, tmp_path / "policy.pt")
     assert dmash.main(["--eval", str(tmp_path)]) == 2
-    assert "checkpoint.pt cannot be read" in capsys.readouterr().err and not (tmp_path / "attacked").exists()
+    assert "policy.pt cannot be read" in capsys.readouterr().err and not (tmp_path / "attacked").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
