@@ -25,7 +25,6 @@ Axes, in every shape below: B samples, N contexts, K transitions a window, L of 
 import argparse
 import copy
 import csv
-import ctypes
 import io
 import itertools
 import json
@@ -634,9 +633,8 @@ def evaluate(agent, cfg, rollouts):
 
 
 def set_up(cfg):
-    """Threads, memory and seed, and the agent."""
+    """Threads and seed, and the agent."""
     torch.set_num_threads(cfg.threads)
-    keep_freed_memory()
     torch.manual_seed(cfg.seed)
     task = aib_envs.lookup(cfg.env).cls
     return Agent(cfg, task.d_s, task.d_a)
@@ -697,9 +695,10 @@ def train(run):
     where `run` was restored. SIGINT or SIGTERM: saves and returns."""
     cfg, agent, rollout = run.cfg, run.agent, run.rollout
     stop, began, bar = catch_signals(), time.perf_counter() - run.seconds, progress_bar(run.step, cfg.steps)
-    if run.step == 0:
-        for _ in range(cfg.random_steps):
-            rollout.collect(random=True)
+    for _ in range(cfg.random_steps if run.step == 0 else 0):
+        rollout.collect(random=True)
+        if stop:
+            break
     paused, resumed_at = time.perf_counter(), run.step
     while run.step < cfg.steps and not stop:
         run.step += 1
@@ -726,7 +725,8 @@ def train(run):
         bar.close()
     if stop:
         run.seconds = time.perf_counter() - began
-        run.save()
+        if run.step:  # the random steps alone are made again rather than kept
+            run.save()
         print(f"stopped at step {run.step:,}; to go on: python dmash.py --resume {run.folder}")
     else:
         print(f"{run.folder}: metrics.csv, per_context.csv, policy.pt, checkpoint.pt{', curve.png' * plot(run.folder)}")
@@ -765,17 +765,6 @@ def progress_bar(initial, total):
         except ImportError:
             return None
         return tqdm(initial=initial, total=total, unit="step", smoothing=0.05)
-
-
-def keep_freed_memory():
-    """Lets glibc keep freed blocks. By default it returns blocks as large as W_down (8 MB) to the system at once, and
-    clearing fresh pages then takes a third of the time of a gradient step. No effect on other systems."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
-        if mallopt:
-            M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-            mallopt(M_MMAP_THRESHOLD, 1 << 30)
-            mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
