@@ -962,8 +962,9 @@ class ContextualEnv(gymnasium.Env):
 
     def set_context(self, **context):
         """Changes context values now and keeps the physical state."""
+        context = full_context(self.env_id, self.context | context)
         self.need_reset("set_context")
-        self.task.set_contexts([full_context(self.env_id, self.context | context)])
+        self.task.set_contexts([context])
 
     def reset(self, *, seed=None, options=None):
         options = dict(options or {})

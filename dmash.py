@@ -1018,12 +1018,13 @@ def benchmark(cfg):
     begin = time.perf_counter()
     run(steps)
     seconds = time.perf_counter() - begin
-    update = sum(phases[phase] for phase in ("dynamics", "critic", "actor", "targets")) / steps
+    spent = phases | {"rest": seconds - sum(phases.values())}  # a copy: counting operations below runs updates
+    update = sum(spent[phase] for phase in ("dynamics", "critic", "actor", "targets")) / steps
     flop, rate = update_flop(agent, rollout), matmul_rate(cfg.device)
     print(f"{cfg.env}: K = {cfg.K}, {cfg.contexts} contexts, {cfg.threads} threads on {cfg.device}, {steps} steps")
     print(f"gradient steps/s   {steps / seconds:8.1f}")
-    for phase, spent in (phases | {"rest": seconds - sum(phases.values())}).items():
-        print(f"  {phase:<14} {spent / steps * 1e3:9.2f} ms")
+    for phase, phase_seconds in spent.items():
+        print(f"  {phase:<14} {phase_seconds / steps * 1e3:9.2f} ms")
     vector, bare = vector_step_times(cfg.env, cfg.contexts)
     against = f", {vector / bare:.2f} times the bare mj_step calls in it" if bare else ""
     print(f"vector step        {vector:8.3f} ms for {cfg.contexts} contexts{against}")
