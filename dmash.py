@@ -252,7 +252,7 @@ class Config:
     steps: int = option(None, "gradient steps (default: by environment)", "[1, inf)")
     out: str = option("runs", "folder in which the run folder <env>__<method>__s<seed> is made")
     device: str = option("cpu", "torch device, such as cpu or cuda")
-    threads: int = option(None, "torch CPU threads (default: torch's choice)", "[1, inf)")
+    threads: int = option(None, "torch CPU threads (default: torch's choice)", "[1, 1024]")
     eval_every: int = option(5000, "gradient steps between evaluations", "[1, inf)")
     eval_rollouts: int = option(1, "episodes per context at evaluations on the way", "[1, inf)")
     rollouts: int = option(10, "episodes per context at the last evaluation and with --eval", "[1, inf)")
@@ -272,10 +272,10 @@ class Config:
     gamma: float = option(0.99, "discount γ", "[0, 1]")
     tau: float = option(0.005, "rate of the target critics' moving average", "(0, 1]")
     batch: int = option(256, "transitions in a batch, rounded down to a multiple of --contexts", "[1, inf)")
-    dynamics_lr: float = option(3e-4, "learning rate of encoder, hypernetwork and dynamics model", "(0, inf)")
-    critic_lr: float = option(1e-3, "learning rate of the critics", "(0, inf)")
-    actor_lr: float = option(3e-4, "learning rate of the policy", "(0, inf)")
-    alpha_lr: float = option(1e-3, "learning rate of the temperature", "(0, inf)")
+    dynamics_lr: float = option(3e-4, "learning rate of encoder, hypernetwork and dynamics model", "(0, 1]")
+    critic_lr: float = option(1e-3, "learning rate of the critics", "(0, 1]")
+    actor_lr: float = option(3e-4, "learning rate of the policy", "(0, 1]")
+    alpha_lr: float = option(1e-3, "learning rate of the temperature", "(0, 1]")
     actor_every: int = option(2, "every so many steps the policy is updated, so many times", "[1, inf)")
     log_std_min: float = option(-5.0, "lower end of the policy's log standard deviation", "(-inf, inf)")
     log_std_max: float = option(2.0, "upper end of it", "(-inf, inf)")
@@ -457,7 +457,7 @@ def temperature_loss(log_alpha, logp, target_entropy):
 
 def minimise(optimizer, loss):
     """One step of `optimizer`. Gradients are computed for its own parameters and no others, which saves the critics'
-    in the policy's step. For an RL loss to train η, its detach must go and its optimizer must hold η."""
+    in the policy's step. An RL loss would reach η only without its detach and with η in its optimizer."""
     optimizer.zero_grad()
     loss.backward(inputs=optimizer.param_groups[0]["params"])
     optimizer.step()
@@ -647,6 +647,9 @@ def start(cfg):
     return agent, new_rollout(cfg, agent, envs, cfg.buffer, train=True)
 
 
+LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
+
+
 class Run:
     """A run and everything that it must remember to go on as if it had never stopped."""
 
@@ -685,9 +688,6 @@ class Run:
         """policy.pt and checkpoint.pt, each replaced in one move; the checkpoint before it is kept."""
         write_file(self.agent.state_dict() | {"step": self.step}, self.folder / "policy.pt")
         write_file(self.state_dict(), self.folder / "checkpoint.pt", keep=self.folder / "checkpoint.previous.pt")
-
-
-LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
 
 
 def train(run):
@@ -1106,7 +1106,7 @@ def build_parser():
         allow_abbrev=False,
     )
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--eval", metavar="RUN_FOLDER", help="evaluate the checkpoint of a run instead of training")
+    modes.add_argument("--eval", metavar="RUN_FOLDER", help="evaluate the policy of a run instead of training")
     modes.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a run; --steps may be raised")
     modes.add_argument(
         "--benchmark", action="store_true", help="time the phases of a gradient step instead of training"
