@@ -212,8 +212,6 @@ class Task:
 
     def step(self, actions):
         """One step of actions (N, d_a) in [-1, 1]; then `observation` and `reward` are those of the new state."""
-        if actions.shape != (self.N, self.d_a) or not np.isfinite(actions).all():
-            raise ValueError(f"actions {actions.tolist()}: must be {self.N} x {self.d_a} finite numbers")
         if self.signs is not None:
             actions = ActuatorInversion.route(actions, self.signs)
         if self.order is not None:
@@ -377,6 +375,10 @@ class MujocoTask(Task):
     def measure(self):
         self.qpos, self.qvel = np.array(self.qposes), np.array(self.qvels)  # (N, nq), (N, nv)
 
+    def speed(self):
+        """What the first sensor tells: the forward velocity of the centre of mass, m/s, (N,)."""
+        return np.array([data.sensordata[0] for data in self.datas])
+
     def set_state(self, state):
         for (model, data), row in zip(self.pairs, state):
             mujoco.mj_resetData(model, data)
@@ -414,8 +416,7 @@ class MujocoTask(Task):
                 mujoco.mj_step(model, data, self.SUBSTEPS)
         self.measure()
 
-    def observation(self):
-        return np.concatenate([self.qpos, self.qvel], axis=-1)
+    observation = state
 
     @staticmethod
     def random_joints(model, rng):
@@ -705,9 +706,6 @@ class Cheetah(MujocoTask):
         mujoco.mj_setConst(model, mujoco.MjData(model))
         return model
 
-    def speed(self):
-        return np.array([data.sensordata[0] for data in self.datas])
-
     def initial_state(self, i, rng):
         model, data = self.pairs[i]
         mujoco.mj_resetData(model, data)
@@ -788,9 +786,6 @@ class Walker(MujocoTask):
         """Of torso, right thigh, leg, foot, left thigh, leg, foot about the y axis, (N, 7)."""
         torso, right, left = self.qpos[:, 2:3], self.qpos[:, 3:6], self.qpos[:, 6:9]
         return np.concatenate([torso, torso - right.cumsum(-1), torso - left.cumsum(-1)], axis=-1)
-
-    def speed(self):
-        return np.array([data.sensordata[0] for data in self.datas])
 
     def initial_state(self, i, rng):
         return np.concatenate([self.random_joints(self.models[i], rng), np.zeros(9)])
@@ -969,7 +964,8 @@ class ContextualEnv(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         options = dict(options or {})
         context = full_context(self.env_id, self.context | dict(options.pop("context", {})))
-        given = {name: self.check(name, options.pop(name)) for name in ("state", "target") if name in options}
+        sizes = {"state": self.task.state_size, "target": len(np.ravel(getattr(self.task, "target", ())))}
+        given = {name: self.check(name, options.pop(name), size) for name, size in sizes.items() if name in options}
         if options:
             raise ValueError(unknown("option", next(iter(options)), ["state", "target", "context"]))
         super().reset(seed=seed)
@@ -984,9 +980,8 @@ class ContextualEnv(gymnasium.Env):
         self.t = 0
         return self.observation(), {"context": self.context}
 
-    def check(self, name, value):
-        """An option as a row of numbers; ValueError if it is not as many finite ones as it must be."""
-        size = self.task.state_size if name == "state" else len(np.ravel(getattr(self.task, "target", ())))
+    def check(self, name, value, size):
+        """A value from outside as a row of numbers, (1, size); ValueError if it is not that many finite ones."""
         try:
             row = np.array([value], dtype=np.float64)
         except (TypeError, ValueError):
@@ -1005,13 +1000,7 @@ class ContextualEnv(gymnasium.Env):
     def step(self, action):
         """One step of `action`, (d_a,) in [-1, 1]."""
         self.need_reset("step")
-        try:
-            row = np.array([action], dtype=np.float64)
-        except (TypeError, ValueError):
-            row = np.array([])
-        if row.shape != (1, self.task.d_a) or not np.isfinite(row).all():
-            raise ValueError(f"action {action!r}: must be {self.task.d_a} finite numbers")
-        self.task.step(row)
+        self.task.step(self.check("action", action, self.task.d_a))
         self.t += 1
         truncated = self.t >= self.horizon
         return self.observation(), float(self.task.reward()[0]), False, truncated, {"context": self.context}
@@ -1038,6 +1027,7 @@ class VectorEnv:
         self.task = spec.cls([full_context(env_id, context) for context in contexts])
         self.N, self.d_s, self.d_a, self.horizon = self.task.N, self.task.d_s, self.task.d_a, spec.horizon
         self.rngs = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(self.N)]
+        self.t = 0
 
     def reset(self):
         """Starts an episode everywhere. Observations (N, d_s)."""
@@ -1047,6 +1037,8 @@ class VectorEnv:
 
     def step(self, actions):
         """Actions (N, d_a). Returns observations (N, d_s), rewards (N,) and whether the horizon is reached."""
+        if actions.shape != (self.N, self.d_a) or not np.isfinite(actions).all():
+            raise ValueError(f"actions {actions.tolist()}: must be {self.N} x {self.d_a} finite numbers")
         self.task.step(actions)
         self.t += 1
         observation, reward = self.task.observation(), self.task.reward()
@@ -1055,7 +1047,7 @@ class VectorEnv:
     def state_dict(self):
         """Everything that the next steps and resets depend on, in plain lists and numbers."""
         states = [rng.bit_generator.state for rng in self.rngs]
-        return {"t": getattr(self, "t", 0), "rngs": states, "task": self.task.snapshot().tolist()}
+        return {"t": self.t, "rngs": states, "task": self.task.snapshot().tolist()}
 
     def load_state_dict(self, state):
         self.t = state["t"]
