@@ -364,6 +364,8 @@ class MujocoTask(Task):
     def build(self):
         super().build()
         self.models = [self.model(context) for context in self.contexts]
+        for model in self.models:  # a simulation that diverges shows it, instead of starting anew unseen
+            model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.datas = [mujoco.MjData(model) for model in self.models]
         self.pairs = list(zip(self.models, self.datas))
         self.ctrls = [data.ctrl for data in self.datas]  # views, made once: looking them up costs more than a copy
