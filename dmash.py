@@ -23,6 +23,7 @@ Axes, in every shape below: B samples, N contexts, K transitions a window, L of 
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import io
@@ -34,6 +35,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -249,38 +251,38 @@ class Config:
 
     env: str = option("cartpole_inv", "environment; --list-envs shows all")
     seed: int = option(1, "seed of everything random", "[0, 4294967295]")
-    steps: int = option(None, "gradient steps (default: by environment)", "[1, inf)")
+    steps: int = option(None, "gradient steps (default: by environment)", "[1, 1e9]")
     out: str = option("runs", "folder in which the run folder <env>__<method>__s<seed> is made")
     device: str = option("cpu", "torch device, such as cpu or cuda")
     threads: int = option(None, "torch CPU threads (default: torch's choice)", "[1, 1024]")
-    eval_every: int = option(5000, "gradient steps between evaluations", "[1, inf)")
-    eval_rollouts: int = option(1, "episodes per context at evaluations on the way", "[1, inf)")
-    rollouts: int = option(10, "episodes per context at the last evaluation and with --eval", "[1, inf)")
-    contexts: int = option(20, "contexts in each of the sets train, eval_in and eval_out", "[1, inf)")
+    eval_every: int = option(5000, "gradient steps between evaluations", "[1, 1e9]")
+    eval_rollouts: int = option(1, "episodes per context at evaluations on the way", "[1, 1000]")
+    rollouts: int = option(10, "episodes per context at the last evaluation and with --eval", "[1, 1000]")
+    contexts: int = option(20, "contexts in each of the sets train, eval_in and eval_out", "[1, 1000]")
     # window and encoder
-    K: int = option(None, "past transitions in a window (default: by environment)", "[1, inf)")
+    K: int = option(None, "past transitions in a window (default: by environment)", "[1, 1e6]")
     subsample: float = option(0.2, "share of the window that the encoder reads", "(0, 1]")
     mask: float = option(0.4, "probability of masking each input vector of the encoder", "[0, 1]")
-    encoder_hidden: int = option(32, "width of the encoder's LSTM", "[1, inf)")
-    d_z: int = option(8, "size of the context code z", "[1, inf)")
-    simnorm_group: int = option(4, "numbers in one softmax group of SimNorm", "[1, inf)")
+    encoder_hidden: int = option(32, "width of the encoder's LSTM", "[1, 10000]")
+    d_z: int = option(8, "size of the context code z", "[1, 10000]")
+    simnorm_group: int = option(4, "numbers in one softmax group of SimNorm", "[1, 10000]")
     # hypernetwork, adapter and the networks that carry it
-    hyper_hidden: int = option(64, "width of the hypernetwork's two hidden layers", "[1, inf)")
-    bottleneck: int = option(32, "width of the adapter", "[1, inf)")
-    hidden: int = option(256, "width of the dynamics model, the policy and the critics", "[1, inf)")
+    hyper_hidden: int = option(64, "width of the hypernetwork's two hidden layers", "[1, 10000]")
+    bottleneck: int = option(32, "width of the adapter", "[1, 10000]")
+    hidden: int = option(256, "width of the dynamics model, the policy and the critics", "[1, 10000]")
     # SAC
     gamma: float = option(0.99, "discount γ", "[0, 1]")
     tau: float = option(0.005, "rate of the target critics' moving average", "(0, 1]")
-    batch: int = option(256, "transitions in a batch, rounded down to a multiple of --contexts", "[1, inf)")
+    batch: int = option(256, "transitions in a batch, rounded down to a multiple of --contexts", "[1, 1e6]")
     dynamics_lr: float = option(3e-4, "learning rate of encoder, hypernetwork and dynamics model", "(0, 1]")
     critic_lr: float = option(1e-3, "learning rate of the critics", "(0, 1]")
     actor_lr: float = option(3e-4, "learning rate of the policy", "(0, 1]")
     alpha_lr: float = option(1e-3, "learning rate of the temperature", "(0, 1]")
-    actor_every: int = option(2, "every so many steps the policy is updated, so many times", "[1, inf)")
+    actor_every: int = option(2, "every so many steps the policy is updated, so many times", "[1, 1000]")
     log_std_min: float = option(-5.0, "lower end of the policy's log standard deviation", "(-inf, inf)")
     log_std_max: float = option(2.0, "upper end of it", "(-inf, inf)")
-    buffer: int = option(100_000, "replay capacity per context, in transitions", "[1, inf)")
-    random_steps: int = option(5000, "steps of uniformly random actions before the first gradient step", "[0, inf)")
+    buffer: int = option(100_000, "replay capacity per context, in transitions", "[1, 1e9]")
+    random_steps: int = option(5000, "steps of uniformly random actions before the first gradient step", "[0, 1e9]")
 
     def __post_init__(self):
         """Fills in the environment's defaults and checks every value; BadInput names the first bad one."""
@@ -330,7 +332,7 @@ class Config:
 
 
 class BadInput(ValueError):
-    """A wrong value from outside; its message is the one line that the user sees."""
+    """Something wrong from outside, a value or a file; its message is the one line that the user sees."""
 
 
 def inside(value, allowed):
@@ -584,7 +586,9 @@ class Rollout:
             a = 2 * torch.rand(len(self.s), self.envs.d_a, device=self.s.device) - 1
         else:
             a = self.agent.act(self.s, self.replay.latest(self.train), self.train)
+            require_finite({"action": a})
         s2, r, self.done = self.envs.step(a.cpu().numpy())
+        require_finite({"observation": s2, "reward": r})
         s2 = self.tensor(s2)
         self.replay.add(self.s, a, self.tensor(r), s2)
         self.s = s2
@@ -603,6 +607,13 @@ class Rollout:
         self.done, self.s = state["done"], state["s"]
 
 
+def require_finite(values):
+    """FloatingPointError names the first of the tensors or arrays that holds a nan or an infinity."""
+    for name, value in values.items():
+        if not torch.isfinite(torch.as_tensor(value)).all():
+            raise FloatingPointError(f"{name} is not finite")
+
+
 SETS = ("train", "eval_in", "eval_out")
 
 
@@ -611,8 +622,9 @@ def new_rollout(cfg, agent, envs, capacity, train):
     return Rollout(agent, envs, replay, train)
 
 
-def evaluate(agent, cfg, rollouts):
+def evaluate(agent, cfg, rollouts, stop=()):
     """Zero-shot returns on the three context sets, mean over `rollouts` episodes each: (3, contexts), in SETS' order.
+    None if `stop` came to hold something in the meantime.
 
     Draws nothing from torch's generator, and the same initial states every time: evaluating changes no training run.
     """
@@ -623,6 +635,8 @@ def evaluate(agent, cfg, rollouts):
     rollout.begin_episode()
     returns = np.zeros(len(contexts))
     while not rollout.done:
+        if stop:
+            return None
         returns += rollout.step()
     return returns.reshape(len(SETS), cfg.contexts, rollouts).mean(-1)
 
@@ -653,10 +667,39 @@ LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
 class Run:
     """A run and everything that it must remember to go on as if it had never stopped."""
 
-    def __init__(self, cfg, folder, lock):
-        self.cfg, self.folder, self.lock = cfg, folder, lock
+    def __init__(self, cfg, folder):
+        self.cfg, self.folder, self.lock = cfg, folder, None
         self.agent, self.rollout = start(cfg)
-        self.step, self.seconds, self.losses = 0, 0.0, {name: [] for name in LOSSES}  # losses since the last row
+        self.step, self.evaluated = 0, 0  # gradient steps done; and done at the last evaluation
+        self.losses = {name: [] for name in LOSSES}  # since then
+        self.seconds, self.step_seconds = 0.0, 0.0  # in all; and since then, evaluation left out
+
+    @property
+    def evaluation_due(self):
+        return self.step > self.evaluated and (self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps)
+
+    def gradient_step(self):
+        """One step of all contexts and one update of the networks."""
+        begin = time.perf_counter()
+        self.step += 1
+        self.rollout.collect()
+        losses = self.agent.update(self.rollout.replay.sample(self.cfg.batch), self.step)
+        require_finite(losses)
+        for name, value in losses.items():
+            self.losses[name].append(value)
+        self.step_seconds += time.perf_counter() - begin
+
+    def record(self, returns):
+        """Writes the rows of an evaluation, returns (3, contexts), and a checkpoint. Returns the row of metrics.csv."""
+        row = {"step": self.step, "env_steps": self.rollout.replay.t * self.rollout.replay.N, "seconds": self.seconds}
+        row["steps_per_second"] = len(self.losses["dynamics_loss"]) / self.step_seconds
+        row |= {name: torch.stack(v).mean().item() if v else math.nan for name, v in self.losses.items()}
+        row |= {name: set_returns.mean() for name, set_returns in zip(SETS, returns)}
+        self.evaluated, self.losses, self.step_seconds = self.step, {name: [] for name in LOSSES}, 0.0
+        append(self.folder / "metrics.csv", [row])
+        append(self.folder / "per_context.csv", per_context_rows(self.cfg, self.step, returns))
+        self.save()
+        return row
 
     def state_dict(self):
         """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
@@ -664,8 +707,8 @@ class Run:
         if self.cfg.device != "cpu":
             generators.append(torch.cuda.get_rng_state(self.cfg.device))
         return {
-            "step": self.step,
-            "seconds": self.seconds,
+            "config": asdict(self.cfg),
+            **{name: getattr(self, name) for name in self.COUNTERS},
             "losses": {name: torch.tensor(values) for name, values in self.losses.items()},
             "agent": self.agent.state_dict(),
             "optimizers": {name: getattr(self.agent, name).state_dict() for name in self.agent.OPTIMIZERS},
@@ -673,8 +716,11 @@ class Run:
             "generators": generators,
         }
 
+    COUNTERS = ("step", "evaluated", "seconds", "step_seconds")
+
     def load_state_dict(self, state):
-        self.step, self.seconds = state["step"], state["seconds"]
+        for name in self.COUNTERS:
+            setattr(self, name, state[name])
         self.losses = {name: list(values.unbind()) for name, values in state["losses"].items()}
         self.agent.load_state_dict(state["agent"])
         for name in self.agent.OPTIMIZERS:
@@ -685,66 +731,79 @@ class Run:
             torch.cuda.set_rng_state(state["generators"][1].cpu(), self.cfg.device)
 
     def save(self):
-        """policy.pt and checkpoint.pt, each replaced in one move; the checkpoint before it is kept."""
-        write_file(self.agent.state_dict() | {"step": self.step}, self.folder / "policy.pt")
+        """policy.pt and checkpoint.pt, each replaced in one move; the checkpoint before it is kept. Writes nothing if
+        a weight is not finite."""
+        policy = self.agent.state_dict()
+        for network in self.agent.NETWORKS:
+            require_finite({f"weight {network}.{name}": value for name, value in policy[network].items()})
+        write_file(policy | {"step": self.step}, self.folder / "policy.pt")
         write_file(self.state_dict(), self.folder / "checkpoint.pt", keep=self.folder / "checkpoint.previous.pt")
 
 
 def train(run):
-    """Random steps, then `cfg.steps` times one step of all contexts and one gradient step. From the start, or from
-    where `run` was restored. SIGINT or SIGTERM: saves and returns."""
-    cfg, agent, rollout = run.cfg, run.agent, run.rollout
-    stop, began, bar = catch_signals(), time.perf_counter() - run.seconds, progress_bar(run.step, cfg.steps)
+    """Trains from the start, or from where `run` was restored, to the evaluation after `cfg.steps`, or until SIGINT or
+    SIGTERM; saves in either case. BadInput if a file cannot be written, FloatingPointError if a number is not finite:
+    what was written before stays as it is."""
+    with run.lock, catch_signals() as stop:
+        try:
+            learn(run, stop)
+        except OSError as error:
+            raise BadInput(
+                f"step {run.step:,}: cannot write {error.filename or 'output'} ({error.strerror}); the run stops, "
+                f"its earlier files are intact; to go on: python dmash.py --resume {run.folder}"
+            ) from None
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"step {run.step:,}: {error}; the run stops, the last checkpoint in {run.folder} is untouched"
+            ) from None
+
+
+def learn(run, stop):
+    """Random steps, then gradient steps and evaluations, until all are done or `stop` holds something."""
+    cfg, rollout = run.cfg, run.rollout
+    began, bar = time.perf_counter() - run.seconds, progress_bar(run.step, cfg.steps)
     for _ in range(cfg.random_steps if run.step == 0 else 0):
         rollout.collect(random=True)
         if stop:
             break
-    paused, resumed_at = time.perf_counter(), run.step
-    while run.step < cfg.steps and not stop:
-        run.step += 1
-        rollout.collect()
-        for name, value in agent.update(rollout.replay.sample(cfg.batch), run.step).items():
-            run.losses[name].append(value)
-        if bar:
-            bar.update()
-        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
-            rate = (run.step - resumed_at) / (time.perf_counter() - paused)  # evaluation left out
-            returns = evaluate(agent, cfg, cfg.rollouts if run.step == cfg.steps else cfg.eval_rollouts)
-            row = {"step": run.step, "env_steps": rollout.replay.t * rollout.replay.N}
-            row |= {"seconds": time.perf_counter() - began, "steps_per_second": rate}
-            row |= {name: torch.stack(v).mean().item() if v else math.nan for name, v in run.losses.items()}
-            row |= {name: set_returns.mean() for name, set_returns in zip(SETS, returns)}
-            append(run.folder / "metrics.csv", [row])
-            append(run.folder / "per_context.csv", per_context_rows(cfg, run.step, returns))
-            (bar.write if bar else print)(summary(row, cfg.steps))
+    while not stop and run.evaluated < cfg.steps:
+        if not run.evaluation_due:
+            run.gradient_step()
+            if bar:
+                bar.update()
+            continue
+        returns = evaluate(run.agent, cfg, cfg.rollouts if run.step == cfg.steps else cfg.eval_rollouts, stop)
+        run.seconds = time.perf_counter() - began
+        if returns is not None:
+            (bar.write if bar else print)(summary(run.record(returns), cfg.steps))
             sys.stdout.flush()
-            run.seconds, run.losses = time.perf_counter() - began, {name: [] for name in LOSSES}
-            run.save()
-            paused, resumed_at = time.perf_counter(), run.step
     if bar:
         bar.close()
-    if stop:
-        run.seconds = time.perf_counter() - began
-        if run.step:  # the random steps alone are made again rather than kept
-            run.save()
-        print(f"stopped at step {run.step:,}; to go on: python dmash.py --resume {run.folder}")
-    else:
+    if not stop:
         print(f"{run.folder}: metrics.csv, per_context.csv, policy.pt, checkpoint.pt{', curve.png' * plot(run.folder)}")
-    run.lock.close()
+        return
+    run.seconds = time.perf_counter() - began
+    if run.step:  # the random steps alone are made again rather than kept
+        run.save()
+    print(f"stopped at step {run.step:,}; to go on: python dmash.py --resume {run.folder}")
 
 
+@contextlib.contextmanager
 def catch_signals():
-    """A list that SIGINT and SIGTERM put something into. The second time, a signal acts as it always did."""
-    caught = []
+    """A list that SIGINT and SIGTERM put something into while the block runs. The second of a kind leaves at once."""
+    caught, before = [], {}
 
     def handler(number, frame):
         caught.append(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
-    return caught
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def summary(row, steps):
@@ -776,14 +835,19 @@ def new_run(cfg):
     """A Run in a new folder. BadInput if the folder holds a run already or cannot be written."""
     folder = cfg.folder
     if (folder / "config.json").exists():
-        raise BadInput(f"{folder} already holds a run; choose another --seed or --out, or go on with --resume {folder}")
+        there = differences(read_config(folder, "--out"), asdict(cfg))
+        raise BadInput(
+            f"{folder} already holds {f'a run with other settings ({there})' if there else 'this run'}; "
+            f"choose another --seed or --out, or go on with --resume {folder}"
+        )
+    run = Run(cfg, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder)
+        run.lock = lock(folder)
         replace_file(folder / "config.json", config_text(cfg))
     except OSError as error:
         raise BadInput(f"--out {cfg.out}: cannot write {folder} ({error.strerror})") from None
-    return Run(cfg, folder, held)
+    return run
 
 
 def resume_run(folder, steps=None):
@@ -794,18 +858,34 @@ def resume_run(folder, steps=None):
     if steps is not None and steps < settings["steps"]:
         raise BadInput(f"--steps {steps}: may only be raised on --resume, here from {settings['steps']}")
     cfg = Config(**(settings | ({"steps": steps} if steps else {})))
-    run = Run(cfg, folder, lock(folder))
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists() or (folder / "checkpoint.previous.pt").exists():
-        run.load_state_dict(read_file(checkpoint, cfg.device, "--resume"))
-    for name in ("metrics.csv", "per_context.csv"):
-        if (folder / name).exists():
-            header, *lines = (folder / name).read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= run.step]
-            replace_file(folder / name, "".join([header, *kept]).encode())
+    run = Run(cfg, folder)
+    run.lock = lock(folder)
+    checkpoint, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+    if previous.exists() and not checkpoint.exists():  # killed between the two moves of replace_file
+        checkpoint = previous
+    if checkpoint.exists():
+        with reading(checkpoint, "--resume"):
+            state = load(checkpoint, cfg.device)
+            if there := differences(state["config"], asdict(cfg), but=("steps", "out")):
+                raise ValueError(f"it is of a run with other settings: {there}")
+            run.load_state_dict(state)
+    kept = {}
+    for path in (folder / "metrics.csv", folder / "per_context.csv"):
+        if path.exists():
+            with reading(path, "--resume"):
+                header, *lines = path.read_text().splitlines(keepends=True)
+                kept[path] = header + "".join(line for line in lines if int(line.split(",")[0]) <= run.evaluated)
+    for path, text in kept.items():
+        replace_file(path, text.encode())
     if steps:
         replace_file(folder / "config.json", config_text(cfg))
     return run
+
+
+def differences(there, here, but=("out",)):
+    """Which settings differ, in words; "" if none do."""
+    names = [name for name in here if name not in but and there.get(name) != here[name]]
+    return ", ".join(f"{flag(name)} {there.get(name)} there and {here[name]} here" for name in names)
 
 
 def lock(folder):
@@ -831,15 +911,21 @@ def config_text(cfg):
 
 
 def replace_file(path, data, keep=None):
-    """Writes bytes beside `path`, has them reach the disk, moves them over `path`; what was there goes to `keep`."""
+    """Writes bytes beside `path`, has them reach the disk, moves them over `path`; what was there goes to `keep`.
+    OSError names `path`, which is then as it was."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep and path.exists():
-        os.replace(path, keep)
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_file(state, path, keep=None):
@@ -849,29 +935,40 @@ def write_file(state, path, keep=None):
     replace_file(path, buffer.getbuffer(), keep)
 
 
-def read_file(path, device, option):
-    """A saved state, read without running any code in it. BadInput if it cannot be read."""
+def load(path, device):
+    """What write_file wrote, read without running any code in it."""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the check sums that torch.save wrote
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+@contextlib.contextmanager
+def reading(path, option):
+    """Whatever a damaged or foreign file makes its reader raise becomes a BadInput that names the file."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the reader raise
+        yield
+    except Exception as error:
         kept = path.with_name("checkpoint.previous.pt")
         hint = f"; the one before it is {kept.name}, to go on from there: rename it to {path.name}"
         hint = hint if path.name == "checkpoint.pt" and kept.exists() else ""
         raise BadInput(f"{option} {path.parent}: {path.name} cannot be read ({one_line(error)}){hint}") from None
 
 
+def one_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def read_config(folder, option):
     """The settings of a run folder. BadInput if there are none, or not such ones."""
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"{option} {folder}: no run folder (it has no config.json)")
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        method = settings.pop("method")
-        if method != METHOD or set(settings) != {f.name for f in fields(Config)}:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BadInput(f"{option} {folder}: no run folder (it has no {path.name})")
+    with reading(path, option):
+        settings = json.loads(path.read_text())
+        if settings.pop("method") != METHOD or set(settings) != {f.name for f in fields(Config)}:
             raise ValueError("its settings are not those of this program")
         return settings
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{option} {folder}: config.json cannot be read ({one_line(error)})") from None
 
 
 def per_context_rows(cfg, step, returns):
@@ -885,34 +982,26 @@ def per_context_rows(cfg, step, returns):
 
 
 def append(path, rows):
-    """Appends dicts to a CSV file, with a header if it is new; floats to 6 digits. On disk when it returns."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(rows[0])
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    """Appends dicts to a CSV file, with a header if it is new; floats to 6 digits. All of them, or OSError."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    if not path.exists():
+        writer.writerow(rows[0])
+    writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+    replace_file(path, (path.read_bytes() if path.exists() else b"") + text.getvalue().encode())
 
 
 def load_run(folder, **changes):
     """The Config and the trained Agent of a run folder, some settings changed. BadInput names what cannot be read."""
     folder = Path(folder)
     cfg = Config(**(read_config(folder, "--eval") | changes))
-    if not (folder / "policy.pt").is_file():
-        raise BadInput(f"--eval {folder}: no policy.pt; the first is written at the first evaluation")
-    state = read_file(folder / "policy.pt", cfg.device, "--eval")
+    path = folder / "policy.pt"
+    if not path.is_file():
+        raise BadInput(f"--eval {folder}: no {path.name}; the first is written at the first evaluation")
     agent = set_up(cfg)
-    try:
-        agent.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"--eval {folder}: policy.pt cannot be read ({one_line(error)})") from None
+    with reading(path, "--eval"):
+        agent.load_state_dict(load(path, cfg.device))
     return cfg, agent
-
-
-def one_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def read_csv(path):
@@ -968,7 +1057,9 @@ def plot(folder):
         ax.set(xlabel=dim.name, title="last evaluation")
     for ax in figure.axes[: 1 + len(binary)]:
         ax.legend()
-    figure.savefig(folder / "curve.png", dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    replace_file(folder / "curve.png", picture.getbuffer())
     return True
 
 
@@ -1160,7 +1251,8 @@ ALLOWED_WITH = {"--eval": ("rollouts", "threads", "device"), "--resume": ("steps
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0, or 2 for bad input, told in one line."""
+    """The command line. Returns the exit status: 0; 2 for bad input or a file that cannot be used, 1 for a number that
+    is not finite, each told in one line; 130 after a second Ctrl-C."""
     try:
         parser = build_parser()
         given, rest = parser.parse_known_args(argv)
@@ -1187,11 +1279,21 @@ def main(argv=None):
         else:
             train(resume_run(unfinished, **settings) if unfinished else new_run(Config(**settings)))
     except BadInput as error:
-        print(f"dmash.py: error: {error}", file=sys.stderr)
-        return 2
+        message, status = error, 2
+    except OSError as error:
+        message, status = f"{error.filename}: {error.strerror}", 2
+    except FloatingPointError as error:
+        message, status = error, 1
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        message, status = f"not enough memory for these settings ({one_line(error)})", 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    else:
+        return 0
+    print(f"dmash.py: error: {message}", file=sys.stderr)
+    return status
 
 
 def print_evaluation(cfg, agent, table):

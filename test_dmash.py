@@ -1,13 +1,18 @@
 """Tests of dmash.py and aib_envs.py: each compares with something computed another way (an oracle)."""
 
+import contextlib
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -19,6 +24,7 @@ import pytest
 import torch
 import torch.nn as nn
 from gymnasium.utils.env_checker import check_env
+from torch.utils._pytree import tree_map_only
 
 import aib_envs
 import dmash
@@ -378,6 +384,43 @@ def test_windows_hold_past_transitions_of_their_own_context(seed):
     assert batch.a.min() >= max(0, total - capacity) + K and batch.a.max() <= total - 1
     latest = replay.latest(train=False)
     assert torch.equal(latest[:, -1, 1] if L > 1 else latest[:, 0, 1] + K - 1, torch.full((N,), float(total - 1)))
+
+
+class Clock:
+    """Stands for a VectorEnv: observes [context, clock, episode], and ends episodes after random numbers of steps."""
+
+    def __init__(self, N, rng):
+        self.N, self.d_s, self.d_a, self.rng, self.clock, self.episode = N, 3, 1, rng, 0, 0
+
+    def observe(self):
+        return np.array([[1.0 + n, self.clock, self.episode] for n in range(self.N)], dtype=np.float32)
+
+    def reset(self):
+        self.episode, self.left = self.episode + 1, self.rng.integers(1, 12)
+        return self.observe()
+
+    def step(self, actions):
+        self.clock, self.left = self.clock + 1, self.left - 1
+        return self.observe(), np.zeros(self.N, dtype=np.float32), self.left <= 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_over_random_episode_lengths(seed):
+    """No transition spans a reset; windows do, and hold the K transitions before, over wrap-around."""
+    rng = np.random.default_rng(seed)
+    N, K = int(rng.integers(1, 4)), int(rng.integers(1, 9))
+    replay = dmash.Replay(N, K + int(rng.integers(1, 40)), 3, 1, K, L=K)
+    rollout = dmash.Rollout(None, Clock(N, rng), replay, train=True)
+    for _ in range(int(rng.integers(K + 1, 100))):
+        rollout.collect(random=True)
+        assert torch.equal(rollout.s[:, 1], torch.full((N,), float(replay.t)))
+    batch = replay.sample(40 * N)
+    clock, ages = batch.s[:, 1:2], torch.arange(1.0, K + 1)
+    assert torch.equal(batch.ds, torch.tensor([0.0, 1.0, 0.0]).expand_as(batch.ds))  # one step on, in one episode
+    assert (batch.tau[..., 0] == batch.s[:, :1]).all()  # one context a window
+    assert torch.equal((clock - batch.tau[..., 1]).sort().values, ages.expand(len(clock), K))
+    latest = replay.latest(train=False)
+    assert torch.equal(latest[..., 1], (replay.t - ages.flip(0)).expand(N, K))
 
 
 def test_windows_before_the_first_transitions_are_zeros():
@@ -999,14 +1042,19 @@ def run(tmp_path_factory):
     return out / "di_inv__dma_star_sh__s1"
 
 
+@pytest.fixture
+def folder(run, tmp_path):
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(run, tmp_path / run.name))
+
+
 def test_run_folder(run):
     assert {"config.json", "metrics.csv", "per_context.csv", "checkpoint.pt", "policy.pt"} <= {
         path.name for path in run.iterdir()
     }
     metrics, contexts = read(run / "metrics.csv"), read(run / "per_context.csv")
-    assert list(metrics[0]) == (
-        "step env_steps seconds steps_per_second dynamics_loss critic_loss actor_loss alpha train eval_in eval_out".split()
-    )
+    losses = ["dynamics_loss", "critic_loss", "actor_loss", "alpha"]
+    assert list(metrics[0]) == ["step", "env_steps", "seconds", "steps_per_second", *losses, *dmash.SETS]
     assert [row["step"] for row in metrics] == ["20", "40"]
     assert metrics[-1]["env_steps"] == str(4 * (24 + 60 + 40))  # the warm-up counts too
     assert list(contexts[0]) == ["step", "set", "index", "mass", "action_factor", "return"]
@@ -1044,10 +1092,13 @@ def test_same_seed_same_metrics_bit_for_bit(run, tmp_path):
 
 
 class StopAfter:
-    """Stands for the list that signals go to: says stop when it was asked n times."""
+    """Stands for catch_signals and for its list: says stop after it was asked n times."""
 
     def __init__(self, n):
         self.left = n
+
+    def __call__(self):
+        return contextlib.nullcontext(self)
 
     def __bool__(self):
         self.left -= 1
@@ -1067,17 +1118,30 @@ def same_run(ours, theirs):
     )
 
 
-@pytest.mark.parametrize("stops", [(0,), (1,), (20,), (7, 15, 2), (39,)])
-def test_a_stopped_and_resumed_run_equals_the_undisturbed_one(stops, run, tmp_path, monkeypatch):
-    """Stopped among the 60 random steps, and in and between evaluations and episodes (one ends at step 40)."""
-    with monkeypatch.context() as patch:
-        patch.setattr(dmash, "catch_signals", lambda: StopAfter(60 + stops[0] if stops[0] else 30))
-        assert dmash.main(small_arguments(tmp_path)) == 0
-        folder = tmp_path / run.name
-        for steps in stops[1:]:
-            patch.setattr(dmash, "catch_signals", lambda steps=steps: StopAfter(steps))
-            assert dmash.main(["--resume", str(folder)]) == 0
-    assert sum(stops) == 0 or torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == sum(stops)
+@pytest.mark.parametrize(
+    "stops, step, evaluated",
+    [
+        ((30,), None, None),  # among the random steps: nothing to keep
+        ((61,), 1, 0),
+        ((80,), 20, 0),  # before an evaluation
+        ((130,), 20, 0),  # in the middle of it
+        ((181,), 20, 20),  # after it
+        ((67, 15, 103, 2), 24, 20),  # again and again
+        ((250,), 40, 20),  # in the last evaluation
+    ],
+)
+def test_a_stopped_and_resumed_run_equals_the_undisturbed_one(stops, step, evaluated, run, tmp_path, monkeypatch):
+    """60 random steps, 20 gradient steps, 100 steps of evaluation, and the last two again. An episode ends at 40."""
+    folder = tmp_path / run.name
+    for i, stop in enumerate(stops):
+        with monkeypatch.context() as patch:
+            patch.setattr(dmash, "catch_signals", StopAfter(stop))
+            assert dmash.main(["--resume", str(folder)] if i else small_arguments(tmp_path)) == 0
+    if step is None:
+        assert not (folder / "checkpoint.pt").exists()
+    else:
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert (state["step"], state["evaluated"]) == (step, evaluated)
     assert dmash.main(["--resume", str(folder)]) == 0
     assert same_run(folder, run)
 
@@ -1086,52 +1150,37 @@ def test_a_stopped_and_resumed_run_equals_the_undisturbed_one(stops, run, tmp_pa
 def test_resuming_in_mid_episode_restores_the_physics(env_id, tmp_path, monkeypatch):
     arguments = dict(env=env_id, K=4, contexts=2, batch=4, random_steps=5, steps=30, eval_every=40)
     monkeypatch.setitem(aib_envs.ENVS, env_id, dataclasses.replace(aib_envs.ENVS[env_id], horizon=25))
-    for name, stop in (("whole", 99), ("stopped", 14)):
+    for name, stop in (("whole", 999), ("stopped", 14)):
         with monkeypatch.context() as patch:
-            patch.setattr(dmash, "catch_signals", lambda stop=stop: StopAfter(5 + stop))
+            patch.setattr(dmash, "catch_signals", StopAfter(5 + stop))
             assert dmash.main(small_arguments(tmp_path / name, **arguments)) == 0
     folder = f"{env_id}__dma_star_sh__s1"
     assert dmash.main(["--resume", str(tmp_path / "stopped" / folder)]) == 0
     assert same_run(tmp_path / "whole" / folder, tmp_path / "stopped" / folder)
 
 
-def test_rows_after_the_checkpoint_are_written_again(run, tmp_path):
-    """As after a kill between a row and its checkpoint, in the middle of a line."""
-    folder = tmp_path / run.name
-    folder.mkdir()
-    for path in run.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+def test_rows_after_the_checkpoint_are_written_again(run, folder):
+    """As after a kill between a row and its checkpoint."""
     os.replace(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")  # of step 20
-    with open(folder / "metrics.csv", "a") as file:
-        file.write("60,12")
     assert dmash.main(["--resume", str(folder)]) == 0
     assert same_run(folder, run)
 
 
-def test_steps_may_be_raised_on_resume(run, tmp_path, capsys):
-    folder = tmp_path / run.name
-    folder.mkdir()
-    for path in run.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+def test_a_kill_between_the_two_moves_of_a_save_loses_nothing(run, folder):
+    """The moment at which checkpoint.pt is on its way out and its successor not yet in."""
+    os.remove(folder / "checkpoint.pt")
+    (folder / "checkpoint.pt.partial").write_bytes(b"half")
+    assert dmash.main(["--resume", str(folder)]) == 0
+    assert same_run(folder, run)
+
+
+def test_steps_may_be_raised_on_resume(folder, capsys):
     assert dmash.main(["--resume", str(folder), "--steps", "50"]) == 0
     assert [row["step"] for row in read(folder / "metrics.csv")] == ["20", "40", "50"]
     assert json.loads((folder / "config.json").read_text())["steps"] == 50
     capsys.readouterr()
     assert dmash.main(["--resume", str(folder), "--steps", "45"]) == 2
     assert "--steps 45: may only be raised on --resume, here from 50" in capsys.readouterr().err
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(run, tmp_path, capsys):
-    for path in run.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    data = (tmp_path / "checkpoint.pt").read_bytes()
-    before = (tmp_path / "metrics.csv").read_bytes()
-    for damaged in (data[: len(data) // 2], b"", b"x" * 1000):
-        (tmp_path / "checkpoint.pt").write_bytes(damaged)
-        assert dmash.main(["--resume", str(tmp_path)]) == 2
-        error = capsys.readouterr().err
-        assert "checkpoint.pt cannot be read" in error and "checkpoint.previous.pt" in error and error.count("\n") == 1
-        assert (tmp_path / "metrics.csv").read_bytes() == before
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of this kind are not sent on Windows")
@@ -1203,7 +1252,7 @@ def test_command_line_end_to_end_without_matplotlib_and_tqdm(tmp_path):
     assert [line.split()[:2] for line in done.stdout.splitlines()[:2]] == [["step", "2"], ["step", "4"]]
     assert "curve.png" not in done.stdout
     again = command(*small_arguments(tmp_path, steps=4, eval_every=2))
-    assert again.returncode == 2 and "already holds a run" in again.stderr  # nothing is overwritten
+    assert again.returncode == 2 and "already holds this run" in again.stderr  # nothing is overwritten
     assert len(read(tmp_path / "di_inv__dma_star_sh__s1" / "metrics.csv")) == 2
 
 
@@ -1275,10 +1324,10 @@ BAD_COMMANDS = [
     ("--env nonsense", "unknown environment 'nonsense'; known: di_inv, di_friction, di_perm, ode, cartpole_inv, "),
     ("--stepz 5", "unknown argument '--stepz' (did you mean --steps?)"),
     ("extra", "unknown argument 'extra'"),
-    ("--steps 0", "--steps 0: must be in [1, inf)"),
-    ("--steps -5", "--steps -5: must be in [1, inf)"),
-    ("--steps 1.5", "'1.5': must be a whole number in [1, inf)"),
-    ("--steps many", "'many': must be a whole number in [1, inf)"),
+    ("--steps 0", "--steps 0: must be in [1, 1e9]"),
+    ("--steps -5", "--steps -5: must be in [1, 1e9]"),
+    ("--steps 1.5", "'1.5': must be a whole number in [1, 1e9]"),
+    ("--steps many", "'many': must be a whole number in [1, 1e9]"),
     ("--steps", "expected one argument"),
     ("--seed -1", "--seed -1: must be in [0, 4294967295]"),
     ("--gamma 1.5", "--gamma 1.5: must be in [0, 1]"),
@@ -1288,7 +1337,7 @@ BAD_COMMANDS = [
     ("--subsample 0", "--subsample 0.0: must be in (0, 1]"),
     ("--critic-lr 0", "--critic-lr 0.0: must be in (0, 1]"),
     ("--actor-lr inf", "--actor-lr inf: must be in (0, 1]"),
-    ("--K 0", "--K 0: must be in [1, inf)"),
+    ("--K 0", "--K 0: must be in [1, 1e6]"),
     ("--env di_inv --K 101", "--K 101: must be at most the horizon, 100 for di_inv"),
     ("--buffer 128", "--buffer 128: must be more than --K, here 128"),
     ("--batch 19", "--batch 19: must be at least --contexts, here 20"),
@@ -1305,6 +1354,26 @@ BAD_COMMANDS = [
     ("--resume nowhere --seed 3", "--seed: not with --resume, which allows --steps"),
     ("--device meta", "--device meta: not usable here; allowed: cpu"),
     ("--out /dev/null", "--out /dev/null: cannot write"),
+    ("--env", "expected one argument"),
+    ("--env ode_21", "unknown environment 'ode_21' (did you mean ode_2?)"),
+    ("--steps 1e3", "'1e3': must be a whole number in [1, 1e9]"),
+    ("--steps 10000000000", "--steps 10000000000: must be in [1, 1e9]"),
+    ("--seed one", "'one': must be a whole number in [0, 4294967295]"),
+    ("--seed 4294967296", "--seed 4294967296: must be in [0, 4294967295]"),
+    ("--contexts 0", "--contexts 0: must be in [1, 1000]"),
+    ("--eval-every 0", "--eval-every 0: must be in [1, 1e9]"),
+    ("--rollouts 0", "--rollouts 0: must be in [1, 1000]"),
+    ("--mask 1.01", "--mask 1.01: must be in [0, 1]"),
+    ("--mask half", "'half': must be a number in [0, 1]"),
+    ("--subsample 1.1", "--subsample 1.1: must be in (0, 1]"),
+    ("--dynamics-lr -1", "--dynamics-lr -1.0: must be in (0, 1]"),
+    ("--actor-every 0", "--actor-every 0: must be in [1, 1000]"),
+    ("--buffer 1000000000", "not enough memory for these settings"),
+    ("--hidden 100000", "--hidden 100000: must be in [1, 10000]"),
+    ("--log-std-max nan", "--log-std-max nan: must be in (-inf, inf)"),
+    ("--list-envs --benchmark", "not allowed with argument --list-envs"),
+    ("--resume nowhere --per-context", "--per-context: allowed only with --eval RUN_FOLDER"),
+    ("--device cuda:99", "--device cuda:99: not usable here; allowed: cpu"),
 ]
 
 
@@ -1332,26 +1401,263 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("name, damage, message", DAMAGES)
-def test_damaged_run_folders_are_named_as_such(name, damage, message, run, tmp_path, capsys):
-    for path in run.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    data = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(damage(data)) if damage else os.remove(tmp_path / name)
-    assert dmash.main(["--eval", str(tmp_path)]) == 2
+def test_damaged_run_folders_are_named_as_such(name, damage, message, folder, capsys):
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(damage(data)) if damage else os.remove(folder / name)
+    assert dmash.main(["--eval", str(folder)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error, error
 
 
-def test_a_checkpoint_from_a_stranger_runs_no_code(run, tmp_path, capsys):
+# ---------------------------------------------------------------------------------------------------------------
+# Faults: kills, full disks, damaged files, numbers that go wrong
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def in_child(arguments, seconds=None):
+    """The command in a forked process, killed after so many seconds. Returns its status, or minus the signal."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(dmash.main(arguments))
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def survive_kills(out, kills):
+    """Kills as many short runs, each at a random time, and resumes each to its end. Returns for each what it had
+    written when it was killed (the last row's step, or None) and whether all that and the end equal an undisturbed run.
+    """
+    sys.modules["matplotlib"] = None  # what is imported late would be most of the time
+    dmash.start(small_config())
+    aib_envs.ENVS["di_inv"] = dataclasses.replace(aib_envs.ENVS["di_inv"], horizon=20)
+    settings = dict(steps=24, eval_every=3, random_steps=30, K=8)
+    name, rng, found = "di_inv__dma_star_sh__s1", np.random.default_rng(0), []
+    begin = time.perf_counter()
+    assert in_child(small_arguments(out / "undisturbed", **settings)) == 0
+    duration, whole = time.perf_counter() - begin, out / "undisturbed" / name
+    for kill in range(kills):
+        arguments, folder = small_arguments(out / str(kill), **settings), out / str(kill) / name
+        status = in_child(arguments, duration * rng.random())
+        rows = timeless(read(folder / "metrics.csv")) if (folder / "metrics.csv").exists() else []
+        kept = rows == timeless(read(whole / "metrics.csv"))[: len(rows)]
+        for path in folder.glob("*.pt"):
+            dmash.load(path, "cpu")  # raises if it is damaged
+        if status == -signal.SIGKILL:
+            begun = (folder / "config.json").exists()
+            status = in_child(["--resume", str(folder)] if begun else arguments)
+        found.append((rows[-1]["step"] if rows else None, kept and status == 0 and same_run(folder, whole)))
+        shutil.rmtree(folder)
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried where processes can be forked")
+def test_runs_killed_at_random_times_resume_to_the_same_end(tmp_path):
+    """In a process of its own, where torch has started no threads yet: each kill then costs a fork, not an import."""
+    code = (
+        "import sys, json, pathlib, test_dmash as t; print(json.dumps(t.survive_kills(pathlib.Path(sys.argv[1]), 20)))"
+    )
+    done = command(tmp_path, code=code)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 20 and all(same for _, same in found), found
+    assert len({step for step, _ in found}) >= 5, found  # they did hit at different times
+
+
+@pytest.mark.skipif(os.name == "nt", reason="this limit is not known to Windows")
+@pytest.mark.parametrize("file, limit", [("policy.pt", 10_000), ("checkpoint.pt", None)])
+def test_a_full_disk_stops_the_run_and_loses_nothing(file, limit, run, tmp_path):
+    """A limit on the size of a file: no room for the first policy.pt, or for the second, larger checkpoint.pt."""
+    limit = limit or (run / "checkpoint.previous.pt").stat().st_size + 100
+    assert limit < (run / file).stat().st_size
+    code = "import resource as r, sys, dmash; r.setrlimit(r.RLIMIT_FSIZE, ({0}, {0})); sys.exit(dmash.main())"
+    done = command(*small_arguments(tmp_path), code=code.format(limit))
+    folder, step = tmp_path / run.name, 20 if limit == 10_000 else 40
+    assert done.returncode == 2 and done.stderr == (
+        f"dmash.py: error: step {step}: cannot write {folder / file} (File too large); the run stops, its earlier "
+        f"files are intact; to go on: python dmash.py --resume {folder}\n"
+    )
+    assert not list(folder.glob("*.partial"))
+    assert (folder / "checkpoint.pt").exists() == (step == 40)
+    assert step == 20 or dmash.load(folder / "checkpoint.pt", "cpu")["step"] == 20
+    assert dmash.main(["--resume", str(folder)]) == 0
+    assert same_run(folder, run)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="these permissions are not known to Windows")
+def test_a_folder_that_cannot_be_written(run):
+    """As a user without rights on it. It can still be evaluated."""
+    code = """if True:
+        import os, sys, dmash
+        dmash.start(dmash.Config("di_inv"))  # what is imported late may be out of that user's reach
+        os.getuid() or os.setuid(65534)
+        sys.exit(dmash.main())"""
+    with tempfile.TemporaryDirectory() as there:
+        folder = Path(shutil.copytree(run, Path(there) / run.name))
+        for path in (folder, Path(there)):
+            path.chmod(0o555)
+        try:
+            new = command(*small_arguments(there, seed=2), code=code)
+            resumed = command("--resume", folder, code=code)
+            evaluated = command("--eval", folder, "--rollouts", 1, code=code)
+        finally:
+            for path in (folder, Path(there)):
+                path.chmod(0o755)
+        assert new.returncode == 2 and new.stderr == (
+            f"dmash.py: error: --out {there}: cannot write {there}/di_inv__dma_star_sh__s2 (Permission denied)\n"
+        )
+        assert resumed.returncode == 2 and resumed.stderr == f"dmash.py: error: {folder}/lock: Permission denied\n"
+        assert evaluated.returncode == 0 and evaluated.stderr == ""
+        assert sorted(os.listdir(folder)) == sorted(os.listdir(run))
+
+
+def test_flipped_bits_are_found(run, tmp_path):
+    """Wherever a bit of a checkpoint is flipped: the file is refused, or the bit meant nothing."""
+    data, rng = (run / "checkpoint.pt").read_bytes(), np.random.default_rng(0)
+    whole, refused = dmash.load(run / "checkpoint.pt", "cpu"), 0
+    places = [*rng.integers(len(data), size=15), *rng.integers(2000, size=5), *(len(data) - rng.integers(2000, size=5))]
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << rng.integers(8)
+        (tmp_path / "checkpoint.pt").write_bytes(damaged)
+        try:
+            state = dmash.load(tmp_path / "checkpoint.pt", "cpu")
+        except Exception:
+            refused += 1
+        else:
+            assert as_text(state) == as_text(whole), place
+    assert refused >= 15
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda data: data[: len(data) // 2], ""),
+        (lambda data: b"", ""),
+        (lambda data: b"x" * 1000, ""),
+        (lambda data: data[:1_000_000] + bytes([data[1_000_000] ^ 1]) + data[1_000_001:], "is damaged"),
+        (lambda data: saved({"g": 1}), "'config'"),
+        (lambda data: saved([1, 2]), ""),
+        (lambda data: saved({"config": dataclasses.asdict(small_config()) | {"out": "x"}}), "'step'"),
+        (
+            lambda data: saved({"config": dataclasses.asdict(small_config(seed=2, K=8))}),
+            "it is of a run with other settings: --seed 2 there and 1 here, --K 8 there and 24 here",
+        ),
+    ],
+)
+def test_damaged_and_foreign_checkpoints_are_refused_and_the_one_before_offered(damage, reason, folder, run, capsys):
+    path = folder / "checkpoint.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert dmash.main(["--resume", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dmash.py: error: --resume {folder}: checkpoint.pt cannot be read (") and reason in error
+    assert error.endswith("to go on from there: rename it to checkpoint.pt\n") and error.count("\n") == 1
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    os.replace(folder / "checkpoint.previous.pt", path)
+    assert dmash.main(["--resume", str(folder)]) == 0 and same_run(folder, run)
+
+
+def as_text(state):
+    return str(tree_map_only(torch.Tensor, lambda value: value.numpy().tobytes(), state))
+
+
+def saved(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name, data", [("metrics.csv", b""), ("per_context.csv", b"step\nx,1\n")])
+def test_damaged_tables_are_named(name, data, folder, capsys):
+    (folder / name).write_bytes(data)
+    assert dmash.main(["--resume", str(folder)]) == 2
+    assert f"--resume {folder}: {name} cannot be read" in capsys.readouterr().err
+    assert (folder / name).read_bytes() == data
+
+
+@pytest.mark.parametrize("file, option", [("policy.pt", "--eval"), ("checkpoint.pt", "--resume")])
+def test_a_checkpoint_from_a_stranger_runs_no_code(file, option, folder, tmp_path, capsys):
     class Attack:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "attacked"),))
 
-    for path in run.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    torch.save({"g": Attack()}, tmp_path / "policy.pt")
-    assert dmash.main(["--eval", str(tmp_path)]) == 2
-    assert "policy.pt cannot be read" in capsys.readouterr().err and not (tmp_path / "attacked").exists()
+    (folder / file).write_bytes(saved({"g": Attack()}))
+    assert dmash.main([option, str(folder)]) == 2
+    assert f"{file} cannot be read" in capsys.readouterr().err and not (tmp_path / "attacked").exists()
+
+
+def test_a_folder_of_another_configuration_is_refused(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert dmash.main(small_arguments(run.parent, steps=30, batch=16)) == 2
+    assert capsys.readouterr().err == (
+        f"dmash.py: error: {run} already holds a run with other settings (--steps 40 there and 30 here, "
+        f"--batch 32 there and 16 here); choose another --seed or --out, or go on with --resume {run}\n"
+    )
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def poison(step, target, when):
+    """Makes the value that `target`, a method, returns go wrong from its call number `when` on."""
+    owner, name = target
+    method, calls = getattr(owner, name), []
+
+    def poisoned(self, *args, **kwargs):
+        calls.append(1)
+        result = method(self, *args, **kwargs)
+        return step(self, result) if len(calls) >= when else result
+
+    return owner, name, poisoned
+
+
+def nan_weight(agent, losses):
+    agent.Q_target.head.bias.data[0] = math.nan
+    return losses
+
+
+NOT_FINITE = {  # what goes wrong at gradient step 30: 24 warm-up steps and 60 random ones come before the first
+    "observation": lambda: poison(lambda envs, out: (out[0] * np.nan, *out[1:]), (aib_envs.VectorEnv, "step"), 114),
+    "reward": lambda: poison(lambda envs, out: (out[0], out[1] + np.inf, out[2]), (aib_envs.VectorEnv, "step"), 114),
+    "action": lambda: poison(lambda agent, a: a * math.nan, (dmash.Agent, "act"), 30),
+    "dynamics_loss": lambda: poison(lambda agent, out: (out[0] / 0, out[1]), (dmash.Agent, "dynamics_step"), 30),
+    "critic_loss": lambda: poison(lambda agent, loss: loss * math.nan, (dmash.Agent, "critic_step"), 30),
+    "actor_loss": lambda: poison(lambda agent, loss: loss * math.inf, (dmash.Agent, "actor_step"), 15),
+    "weight Q_target.head.bias": lambda: poison(nan_weight, (dmash.Agent, "update"), 40),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_numbers_that_go_wrong_stop_the_run(name, run, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / run.name
+    with monkeypatch.context() as patch:
+        patch.setattr(dmash, "evaluate", lambda agent, cfg, *_: np.zeros((3, cfg.contexts)))
+        patch.setattr(*NOT_FINITE[name]())
+        assert dmash.main(small_arguments(tmp_path)) == 1
+    step = 40 if name.startswith("weight") else 30
+    message = f"step {step}: {name} is not finite; the run stops, the last checkpoint in {folder} is untouched"
+    assert capsys.readouterr().err == f"dmash.py: error: {message}\n"
+    assert [dmash.load(folder / file, "cpu")["step"] for file in ("checkpoint.pt", "policy.pt")] == [20, 20]
+    assert dmash.main(["--resume", str(folder)]) == 0  # without the fault
+
+
+def test_a_simulation_that_diverges_stops_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # MuJoCo notes it in a file where it is
+    too_fast = np.array([0.0, 0.0, 1e11, 1e11])
+    monkeypatch.setattr(aib_envs.Cartpole, "initial_state", lambda self, i, rng: too_fast)
+    assert dmash.main(small_arguments(tmp_path / "runs", env="cartpole_inv")) == 1
+    assert capsys.readouterr().err.endswith("__s1 is untouched\n")
+
+
+def test_signal_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with dmash.catch_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
