@@ -874,7 +874,10 @@ def resume_run(folder, steps=None):
         if path.exists():
             with reading(path, "--resume"):
                 header, *lines = path.read_text().splitlines(keepends=True)
-                kept[path] = header + "".join(line for line in lines if int(line.split(",")[0]) <= run.evaluated)
+                at = [int(line.split(",")[0]) for line in lines]  # each row's step
+                if not checkpoint.exists() and max(at, default=0) > cfg.eval_every:
+                    raise ValueError(f"it goes to step {max(at)}, but there is no checkpoint.pt to go on from")
+                kept[path] = header + "".join(line for line, step in zip(lines, at) if step <= run.evaluated)
     for path, text in kept.items():
         replace_file(path, text.encode())
     if steps:

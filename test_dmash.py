@@ -1166,6 +1166,19 @@ def test_rows_after_the_checkpoint_are_written_again(run, folder):
     assert same_run(folder, run)
 
 
+def test_kills_before_the_first_checkpoint_start_afresh(run, folder):
+    """Between the first row and its checkpoint; then, resumed, before the first row."""
+    for path in folder.glob("checkpoint*"):
+        path.unlink()
+    for name in ("metrics.csv", "per_context.csv"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(line for line in lines if not line.startswith("40,")))
+    dmash.resume_run(folder).lock.close()
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 1
+    assert dmash.main(["--resume", str(folder)]) == 0
+    assert same_run(folder, run)
+
+
 def test_a_kill_between_the_two_moves_of_a_save_loses_nothing(run, folder):
     """The moment at which checkpoint.pt is on its way out and its successor not yet in."""
     os.remove(folder / "checkpoint.pt")
@@ -1453,15 +1466,18 @@ def survive_kills(out, kills):
     return found
 
 
+def kill_twenty(out):
+    """What survive_kills returns, from a process of its own, where torch has started no threads yet and a fork is safe:
+    each kill then costs a fork, not an import of torch."""
+    code = "import sys; from test_dmash import *; print(json.dumps(survive_kills(Path(sys.argv[1]), 20)))"
+    done = command(out, code=code)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tried where processes can be forked")
 def test_runs_killed_at_random_times_resume_to_the_same_end(tmp_path):
-    """In a process of its own, where torch has started no threads yet: each kill then costs a fork, not an import."""
-    code = (
-        "import sys, json, pathlib, test_dmash as t; print(json.dumps(t.survive_kills(pathlib.Path(sys.argv[1]), 20)))"
-    )
-    done = command(tmp_path, code=code)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = kill_twenty(tmp_path)
     assert len(found) == 20 and all(same for _, same in found), found
     assert len({step for step, _ in found}) >= 5, found  # they did hit at different times
 
@@ -1578,6 +1594,15 @@ def test_damaged_tables_are_named(name, data, folder, capsys):
     assert (folder / name).read_bytes() == data
 
 
+def test_a_run_without_its_checkpoints_is_not_started_anew(folder, capsys):
+    for path in folder.glob("checkpoint*"):
+        path.unlink()
+    before = (folder / "metrics.csv").read_bytes()
+    assert dmash.main(["--resume", str(folder)]) == 2
+    assert "metrics.csv cannot be read (it goes to step 40, but there is no checkpoint.pt" in capsys.readouterr().err
+    assert (folder / "metrics.csv").read_bytes() == before
+
+
 @pytest.mark.parametrize("file, option", [("policy.pt", "--eval"), ("checkpoint.pt", "--resume")])
 def test_a_checkpoint_from_a_stranger_runs_no_code(file, option, folder, tmp_path, capsys):
     class Attack:
@@ -1666,7 +1691,7 @@ def test_signal_handlers_are_put_back():
 
 
 def main():
-    """Prints how far each environment is from its reference, and what a step of 20 contexts costs."""
+    """Prints how far each environment is from its reference, what a step of 20 contexts costs, and faults survived."""
     print("| id | contexts tried | observation | reward | state |\n|---|---|---|---|---|")
     for env_id in ORACLES:
         worst, contexts = largest_differences(env_id)
@@ -1692,6 +1717,13 @@ def main():
         else:
             row += ["–", "–"]
         print(f"| `{env_id}` | " + " | ".join(row) + " |", flush=True)
+    print("\n| fault | tried | survived |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as out, contextlib.chdir(out), open(os.devnull, "w") as nowhere:
+        same = [same for _, same in kill_twenty(out)]
+        print(f"| `SIGKILL` at a random time, then `--resume` | {len(same)} | {sum(same)} |", flush=True)
+        with contextlib.redirect_stderr(nowhere):
+            refused = [dmash.main(arguments.split()) == 2 for arguments, _ in BAD_COMMANDS]
+        print(f"| bad command line | {len(refused)} | {sum(refused)} |")
 
 
 if __name__ == "__main__":
