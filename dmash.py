@@ -12,9 +12,10 @@ losses the adapter is a constant. Nothing is trained at evaluation, on contexts 
                                                                 ├──▶ policy π_{ξ,ω}           trains ξ only   (Eq. 2)
                                                                 └──▶ critics Q_{ζ,ω}          trains ζ only   (Eq. 2)
 
-    python dmash.py --env cartpole_inv                     train, evaluate, save and plot one run
-    python dmash.py --eval runs/cartpole_inv__dma_star_sh__s1
-    python dmash.py --benchmark                            where the time of a gradient step goes
+    python dmash.py --env cartpole_inv                              train, evaluate, save and plot one run
+    python dmash.py --resume runs/cartpole_inv__dma_star_sh__s1     go on with a run that was stopped or killed
+    python dmash.py --eval runs/cartpole_inv__dma_star_sh__s1       returns on the three context sets
+    python dmash.py --benchmark                                     where the time of a gradient step goes
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual RL under
 Discontinuous Shifts", arXiv 2602.06550. Equations and algorithms are cited by its numbers.
@@ -36,7 +37,7 @@ import sys
 import threading
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -271,7 +272,7 @@ class Config:
     bottleneck: int = option(32, "width of the adapter", "[1, 10000]")
     hidden: int = option(256, "width of the dynamics model, the policy and the critics", "[1, 10000]")
     # SAC
-    gamma: float = option(0.99, "discount γ", "[0, 1]")
+    gamma: float = option(0.99, "discount factor", "[0, 1]")
     tau: float = option(0.005, "rate of the target critics' moving average", "(0, 1]")
     batch: int = option(256, "transitions in a batch, rounded down to a multiple of --contexts", "[1, 1e6]")
     dynamics_lr: float = option(3e-4, "learning rate of encoder, hypernetwork and dynamics model", "(0, 1]")
@@ -287,7 +288,7 @@ class Config:
     def __post_init__(self):
         """Fills in the environment's defaults and checks every value; BadInput names the first bad one."""
         try:
-            spec = aib_envs.lookup(self.env)
+            spec = aib_envs.lookup(str(self.env))
         except ValueError as error:
             raise BadInput(str(error)) from None
         K, steps = PER_ENV[self.env]
@@ -316,11 +317,12 @@ class Config:
             if not ok:
                 raise BadInput(message)
         try:
-            usable = torch.empty(0, device=self.device).device.type in ("cpu", "cuda")
+            kind = torch.empty(0, device=self.device).device.type
         except (RuntimeError, AssertionError):
-            usable = False
-        if not usable:
+            kind = None
+        if kind not in ("cpu", "cuda"):
             raise BadInput(f"--device {self.device}: not usable here; allowed: {', '.join(devices())}")
+        self.device = "cpu" if kind == "cpu" else self.device  # cpu:0 is the cpu
 
     @property
     def L(self):
@@ -573,12 +575,20 @@ class Rollout:
             self.begin_episode(random)
         self.step(random)
 
-    def begin_episode(self, random=False):
+    def begin_episode(self, random=False, stop=()):
         """Warm-up: K steps fill the window with the current policy's transitions; then a reset. The window stays."""
-        self.s = self.tensor(self.envs.reset())
+        self.reset()
         for _ in range(self.replay.K):
+            if stop:
+                return
             self.step(random)
-        self.s, self.done = self.tensor(self.envs.reset()), False
+        self.reset()
+        self.done = False
+
+    def reset(self):
+        s = self.envs.reset()
+        require_finite({"observation": s})
+        self.s = self.tensor(s)
 
     def step(self, random=False):
         """One step in every context; random: uniform actions. Sets `done` at the horizon. Returns rewards (N,)."""
@@ -632,13 +642,11 @@ def evaluate(agent, cfg, rollouts, stop=()):
     contexts = [context for name in SETS for context in sets[name] for _ in range(rollouts)]
     envs = aib_envs.VectorEnv(cfg.env, contexts, seed=[cfg.seed, 1])
     rollout = new_rollout(cfg, agent, envs, capacity=cfg.K, train=False)
-    rollout.begin_episode()
+    rollout.begin_episode(stop=stop)
     returns = np.zeros(len(contexts))
-    while not rollout.done:
-        if stop:
-            return None
+    while not (stop or rollout.done):
         returns += rollout.step()
-    return returns.reshape(len(SETS), cfg.contexts, rollouts).mean(-1)
+    return None if stop else returns.reshape(len(SETS), cfg.contexts, rollouts).mean(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -691,6 +699,7 @@ class Run:
 
     def record(self, returns):
         """Writes the rows of an evaluation, returns (3, contexts), and a checkpoint. Returns the row of metrics.csv."""
+        self.require_finite_weights()
         row = {"step": self.step, "env_steps": self.rollout.replay.t * self.rollout.replay.N, "seconds": self.seconds}
         row["steps_per_second"] = len(self.losses["dynamics_loss"]) / self.step_seconds
         row |= {name: torch.stack(v).mean().item() if v else math.nan for name, v in self.losses.items()}
@@ -700,6 +709,11 @@ class Run:
         append(self.folder / "per_context.csv", per_context_rows(self.cfg, self.step, returns))
         self.save()
         return row
+
+    def require_finite_weights(self):
+        for network in self.agent.NETWORKS:
+            state = getattr(self.agent, network).state_dict()
+            require_finite({f"weight {network}.{name}": value for name, value in state.items()})
 
     def state_dict(self):
         """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
@@ -731,12 +745,9 @@ class Run:
             torch.cuda.set_rng_state(state["generators"][1].cpu(), self.cfg.device)
 
     def save(self):
-        """policy.pt and checkpoint.pt, each replaced in one move; the checkpoint before it is kept. Writes nothing if
-        a weight is not finite."""
-        policy = self.agent.state_dict()
-        for network in self.agent.NETWORKS:
-            require_finite({f"weight {network}.{name}": value for name, value in policy[network].items()})
-        write_file(policy | {"step": self.step}, self.folder / "policy.pt")
+        """policy.pt and checkpoint.pt; the checkpoint before it is kept. Neither if a weight is not finite."""
+        self.require_finite_weights()
+        write_file(self.agent.state_dict() | {"step": self.step}, self.folder / "policy.pt")
         write_file(self.state_dict(), self.folder / "checkpoint.pt", keep=self.folder / "checkpoint.previous.pt")
 
 
@@ -760,30 +771,29 @@ def train(run):
 
 def learn(run, stop):
     """Random steps, then gradient steps and evaluations, until all are done or `stop` holds something."""
-    cfg, rollout = run.cfg, run.rollout
-    began, bar = time.perf_counter() - run.seconds, progress_bar(run.step, cfg.steps)
+    cfg, began = run.cfg, time.perf_counter() - run.seconds
     for _ in range(cfg.random_steps if run.step == 0 else 0):
-        rollout.collect(random=True)
+        run.rollout.collect(random=True)
         if stop:
             break
-    while not stop and run.evaluated < cfg.steps:
-        if not run.evaluation_due:
-            run.gradient_step()
-            if bar:
+    with progress_bar(run.step, cfg.steps) as bar:
+        while not stop and run.evaluated < cfg.steps:
+            if not run.evaluation_due:
+                run.gradient_step()
                 bar.update()
-            continue
-        returns = evaluate(run.agent, cfg, cfg.rollouts if run.step == cfg.steps else cfg.eval_rollouts, stop)
-        run.seconds = time.perf_counter() - began
-        if returns is not None:
-            (bar.write if bar else print)(summary(run.record(returns), cfg.steps))
-            sys.stdout.flush()
-    if bar:
-        bar.close()
-    if not stop:
-        print(f"{run.folder}: metrics.csv, per_context.csv, policy.pt, checkpoint.pt{', curve.png' * plot(run.folder)}")
-        return
+                continue
+            returns = evaluate(run.agent, cfg, cfg.rollouts if run.step == cfg.steps else cfg.eval_rollouts, stop)
+            run.seconds = time.perf_counter() - began
+            if returns is not None:
+                row = run.record(returns)
+                bar.write(summary(row, cfg.steps))
+                sys.stdout.flush()
     run.seconds = time.perf_counter() - began
-    if run.step:  # the random steps alone are made again rather than kept
+    if run.evaluated == cfg.steps:
+        drawn = plot(run.folder)
+        print(f"{run.folder}: metrics.csv, per_context.csv, policy.pt, checkpoint.pt{', curve.png' * drawn}")
+        return
+    if run.step > run.evaluated:  # else it is saved; the random steps alone are made again rather than kept
         run.save()
     print(f"stopped at step {run.step:,}; to go on: python dmash.py --resume {run.folder}")
 
@@ -817,13 +827,25 @@ def summary(row, steps):
 
 
 def progress_bar(initial, total):
-    """tqdm's bar with rate and time left, where there is a terminal and tqdm; else None."""
+    """tqdm's bar with rate and time left, where there is a terminal and tqdm; else one that shows nothing."""
     if sys.stderr.isatty():
-        try:
+        with contextlib.suppress(ImportError):
             from tqdm import tqdm
-        except ImportError:
-            return None
-        return tqdm(initial=initial, total=total, unit="step", smoothing=0.05)
+
+            return tqdm(initial=initial, total=total, unit="step", smoothing=0.05)
+    return NoBar()
+
+
+class NoBar(contextlib.nullcontext):
+    """Stands for the progress bar where there is none."""
+
+    def __enter__(self):
+        return self
+
+    def update(self):
+        pass
+
+    write = staticmethod(print)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -831,19 +853,23 @@ def progress_bar(initial, total):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+RESULTS = ("metrics.csv", "per_context.csv", "policy.pt", "checkpoint.pt", "checkpoint.previous.pt")
+
+
 def new_run(cfg):
     """A Run in a new folder. BadInput if the folder holds a run already or cannot be written."""
-    folder = cfg.folder
-    if (folder / "config.json").exists():
-        there = differences(read_config(folder, "--out"), asdict(cfg))
-        raise BadInput(
-            f"{folder} already holds {f'a run with other settings ({there})' if there else 'this run'}; "
-            f"choose another --seed or --out, or go on with --resume {folder}"
-        )
-    run = Run(cfg, folder)
+    run, folder = Run(cfg, cfg.folder), cfg.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run.lock = lock(folder)
+        if (folder / "config.json").exists():
+            there = differences(read_config(folder, "--out"), asdict(cfg))
+            raise BadInput(
+                f"{folder} already holds {f'a run with other settings ({there})' if there else 'this run'}; "
+                f"choose another --seed or --out, or go on with --resume {folder}"
+            )
+        if left := [name for name in RESULTS if (folder / name).exists()]:
+            raise BadInput(f"{folder} already holds {', '.join(left)}; choose another --seed or --out")
         replace_file(folder / "config.json", config_text(cfg))
     except OSError as error:
         raise BadInput(f"--out {cfg.out}: cannot write {folder} ({error.strerror})") from None
@@ -854,34 +880,40 @@ def resume_run(folder, steps=None):
     """The Run in `folder` as its last checkpoint left it, with more `steps` if given; rows that were written after
     that checkpoint are dropped, to be written again. BadInput names what cannot be read."""
     folder = Path(folder)
-    settings = read_config(folder, "--resume")
-    if steps is not None and steps < settings["steps"]:
-        raise BadInput(f"--steps {steps}: may only be raised on --resume, here from {settings['steps']}")
-    cfg = Config(**(settings | ({"steps": steps} if steps else {})))
+    cfg = Config(**read_config(folder, "--resume"))
+    if steps is not None and steps < cfg.steps:
+        raise BadInput(f"--steps {steps}: may only be raised on --resume, here from {cfg.steps}")
+    cfg = replace(cfg, steps=steps or cfg.steps)
     run = Run(cfg, folder)
     run.lock = lock(folder)
     checkpoint, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
     if previous.exists() and not checkpoint.exists():  # killed between the two moves of replace_file
         checkpoint = previous
     if checkpoint.exists():
-        with reading(checkpoint, "--resume"):
+        hint = f"; if you move it away, --resume goes on from {previous.name}" * (
+            previous.exists() and checkpoint != previous
+        )
+        with reading(checkpoint, "--resume", hint):
             state = load(checkpoint, cfg.device)
-            if there := differences(state["config"], asdict(cfg), but=("steps", "out")):
-                raise ValueError(f"it is of a run with other settings: {there}")
-            run.load_state_dict(state)
+            there = differences(state["config"], asdict(cfg), but=("steps", "out"))
+            if not there:
+                run.load_state_dict(state)
+        if there:
+            raise BadInput(f"--resume {folder}: {checkpoint.name} is of a run with other settings ({there})")
     kept = {}
     for path in (folder / "metrics.csv", folder / "per_context.csv"):
         if path.exists():
             with reading(path, "--resume"):
                 header, *lines = path.read_text().splitlines(keepends=True)
                 at = [int(line.split(",")[0]) for line in lines]  # each row's step
-                if not checkpoint.exists() and max(at, default=0) > cfg.eval_every:
-                    raise ValueError(f"it goes to step {max(at)}, but there is no checkpoint.pt to go on from")
-                kept[path] = header + "".join(line for line, step in zip(lines, at) if step <= run.evaluated)
+            if not checkpoint.exists() and max(at, default=0) > cfg.eval_every:
+                raise BadInput(f"--resume {folder}: no checkpoint.pt, but {path.name} goes to step {max(at)}")
+            kept[path] = header + "".join(line for line, step in zip(lines, at) if step <= run.evaluated)
     for path, text in kept.items():
         replace_file(path, text.encode())
     if steps:
         replace_file(folder / "config.json", config_text(cfg))
+    print(f"going on from step {run.step:,}")
     return run
 
 
@@ -904,7 +936,7 @@ def lock(folder):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # what a lock held elsewhere raises, here and on Windows
         raise BadInput(f"{folder} is in use by another process") from None
     return file
 
@@ -914,8 +946,8 @@ def config_text(cfg):
 
 
 def replace_file(path, data, keep=None):
-    """Writes bytes beside `path`, has them reach the disk, moves them over `path`; what was there goes to `keep`.
-    OSError names `path`, which is then as it was."""
+    """Writes bytes beside `path`, has them reach the disk, moves what was at `path` to `keep` and them to `path`.
+    OSError names `path`."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -947,14 +979,11 @@ def load(path, device):
 
 
 @contextlib.contextmanager
-def reading(path, option):
+def reading(path, option, hint=""):
     """Whatever a damaged or foreign file makes its reader raise becomes a BadInput that names the file."""
     try:
         yield
     except Exception as error:
-        kept = path.with_name("checkpoint.previous.pt")
-        hint = f"; the one before it is {kept.name}, to go on from there: rename it to {path.name}"
-        hint = hint if path.name == "checkpoint.pt" and kept.exists() else ""
         raise BadInput(f"{option} {path.parent}: {path.name} cannot be read ({one_line(error)}){hint}") from None
 
 
@@ -1000,7 +1029,7 @@ def load_run(folder, **changes):
     cfg = Config(**(read_config(folder, "--eval") | changes))
     path = folder / "policy.pt"
     if not path.is_file():
-        raise BadInput(f"--eval {folder}: no {path.name}; the first is written at the first evaluation")
+        raise BadInput(f"--eval {folder}: no {path.name}; it is written at each evaluation")
     agent = set_up(cfg)
     with reading(path, "--eval"):
         agent.load_state_dict(load(path, cfg.device))
@@ -1250,7 +1279,13 @@ def list_envs():
         print(row(env, spec.paper_name, spec.kind, spec.horizon, *PER_ENV[env], "; ".join(dims)))
 
 
-ALLOWED_WITH = {"--eval": ("rollouts", "threads", "device"), "--resume": ("steps",)}
+FOR_RUNS = ("steps", "out", "eval_every", "eval_rollouts", "rollouts", "random_steps")
+ALLOWED_WITH = {
+    "--eval": ("rollouts", "threads", "device"),
+    "--resume": ("steps",),
+    "--list-envs": (),
+    "--benchmark": [f.name for f in fields(Config) if f.name not in FOR_RUNS],
+}
 
 
 def main(argv=None):
@@ -1265,30 +1300,31 @@ def main(argv=None):
         settings = vars(given)
         modes = ("eval", "resume", "benchmark", "list_envs", "per_context")
         run_folder, unfinished, timing, listing, table = (settings.pop(name) for name in modes)
-        if table and not run_folder:
+        if table and run_folder is None:
             raise BadInput("--per-context: allowed only with --eval RUN_FOLDER")
-        for mode, used in (("--eval", run_folder), ("--resume", unfinished)):
-            for name in settings if used else ():
-                if name not in ALLOWED_WITH[mode]:
-                    raise BadInput(
-                        f"{flag(name)}: not with {mode}, which allows {', '.join(map(flag, ALLOWED_WITH[mode]))}"
-                    )
-        if run_folder:
+        used = dict(zip(ALLOWED_WITH, (run_folder is not None, unfinished is not None, listing, timing)))
+        mode = next((mode for mode in used if used[mode]), None)  # argparse lets through one at most
+        for name in settings if mode else ():
+            if name not in ALLOWED_WITH[mode]:
+                allowed = ", ".join(map(flag, ALLOWED_WITH[mode])) or "nothing else"
+                raise BadInput(f"{flag(name)}: not with {mode}, which allows {allowed}")
+        if run_folder is not None:
             print_evaluation(*load_run(run_folder, **settings), table)
         elif listing:
             list_envs()
         elif timing:
             benchmark(Config(**settings))
         else:
-            train(resume_run(unfinished, **settings) if unfinished else new_run(Config(**settings)))
+            train(new_run(Config(**settings)) if unfinished is None else resume_run(unfinished, **settings))
+        sys.stdout.flush()
     except BadInput as error:
         message, status = error, 2
     except OSError as error:
-        message, status = f"{error.filename}: {error.strerror}", 2
+        message, status = f"{error.filename or 'output'}: {error.strerror}", 2
     except FloatingPointError as error:
         message, status = error, 1
-    except RuntimeError as error:
-        if "allocate" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         message, status = f"not enough memory for these settings ({one_line(error)})", 2
     except KeyboardInterrupt:
@@ -1296,6 +1332,10 @@ def main(argv=None):
     else:
         return 0
     print(f"dmash.py: error: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # nothing more can be written there: what is left must not fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 

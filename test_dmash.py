@@ -1124,14 +1124,16 @@ def same_run(ours, theirs):
         ((30,), None, None),  # among the random steps: nothing to keep
         ((61,), 1, 0),
         ((80,), 20, 0),  # before an evaluation
+        ((95,), 20, 0),  # in its warm-up
         ((130,), 20, 0),  # in the middle of it
-        ((181,), 20, 20),  # after it
-        ((67, 15, 103, 2), 24, 20),  # again and again
-        ((250,), 40, 20),  # in the last evaluation
+        ((207,), 20, 20),  # after it
+        ((67, 15, 129, 2), 24, 20),  # again and again
+        ((300,), 40, 20),  # in the last evaluation
     ],
 )
 def test_a_stopped_and_resumed_run_equals_the_undisturbed_one(stops, step, evaluated, run, tmp_path, monkeypatch):
-    """60 random steps, 20 gradient steps, 100 steps of evaluation, and the last two again. An episode ends at 40."""
+    """It asks 60 times in the random steps, 20 times in as many gradient steps, 1 + 24 + 102 times around and in an
+    evaluation and its warm-up, and so on. An episode ends at step 40."""
     folder = tmp_path / run.name
     for i, stop in enumerate(stops):
         with monkeypatch.context() as patch:
@@ -1146,7 +1148,9 @@ def test_a_stopped_and_resumed_run_equals_the_undisturbed_one(stops, step, evalu
     assert same_run(folder, run)
 
 
-@pytest.mark.parametrize("env_id", ["reacher_easy_inv", "cheetah_inv", "hopper_gym"])
+@pytest.mark.parametrize(
+    "env_id", ["cartpole_inv", "reacher_easy_inv", "cheetah_inv", "ball_in_cup", "walker", "hopper_gym"]
+)
 def test_resuming_in_mid_episode_restores_the_physics(env_id, tmp_path, monkeypatch):
     arguments = dict(env=env_id, K=4, contexts=2, batch=4, random_steps=5, steps=30, eval_every=40)
     monkeypatch.setitem(aib_envs.ENVS, env_id, dataclasses.replace(aib_envs.ENVS[env_id], horizon=25))
@@ -1381,7 +1385,14 @@ BAD_COMMANDS = [
     ("--subsample 1.1", "--subsample 1.1: must be in (0, 1]"),
     ("--dynamics-lr -1", "--dynamics-lr -1.0: must be in (0, 1]"),
     ("--actor-every 0", "--actor-every 0: must be in [1, 1000]"),
-    ("--buffer 1000000000", "not enough memory for these settings"),
+    (
+        "--env di_inv --contexts 1000 --batch 1000 --buffer 1000000000 --steps 1 --random-steps 30",
+        "not enough memory for these settings",
+    ),
+    ("--eval=", "--eval .: no run folder"),
+    ("--resume=", "--resume .: no run folder"),
+    ("--list-envs --gamma 0.9", "--gamma: not with --list-envs, which allows nothing else"),
+    ("--benchmark --steps 5", "--steps: not with --benchmark, which allows --env, --seed, --device, --threads, "),
     ("--hidden 100000", "--hidden 100000: must be in [1, 10000]"),
     ("--log-std-max nan", "--log-std-max nan: must be in (-inf, inf)"),
     ("--list-envs --benchmark", "not allowed with argument --list-envs"),
@@ -1408,6 +1419,7 @@ DAMAGES = [
     ("config.json", lambda data: b"[1]", "config.json cannot be read"),
     ("config.json", lambda data: data.replace(b'"gamma": 0.99', b'"gamma": 7'), "--gamma 7: must be in [0, 1]"),
     ("config.json", lambda data: data.replace(b'"gamma"', b'"gamme"'), "config.json cannot be read"),
+    ("config.json", lambda data: data.replace(b'"di_inv"', b"[1]"), "unknown environment '[1]'; known: "),
     ("config.json", lambda data: data.replace(b'"hidden": 256', b'"hidden": 128'), "policy.pt cannot be read"),
     ("config.json", None, "no run folder"),
 ]
@@ -1557,10 +1569,6 @@ def test_flipped_bits_are_found(run, tmp_path):
         (lambda data: saved({"g": 1}), "'config'"),
         (lambda data: saved([1, 2]), ""),
         (lambda data: saved({"config": dataclasses.asdict(small_config()) | {"out": "x"}}), "'step'"),
-        (
-            lambda data: saved({"config": dataclasses.asdict(small_config(seed=2, K=8))}),
-            "it is of a run with other settings: --seed 2 there and 1 here, --K 8 there and 24 here",
-        ),
     ],
 )
 def test_damaged_and_foreign_checkpoints_are_refused_and_the_one_before_offered(damage, reason, folder, run, capsys):
@@ -1570,10 +1578,20 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_the_one_before_offered(
     assert dmash.main(["--resume", str(folder)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"dmash.py: error: --resume {folder}: checkpoint.pt cannot be read (") and reason in error
-    assert error.endswith("to go on from there: rename it to checkpoint.pt\n") and error.count("\n") == 1
+    assert error.endswith("; if you move it away, --resume goes on from checkpoint.previous.pt\n")
+    assert error.count("\n") == 1
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
-    os.replace(folder / "checkpoint.previous.pt", path)
+    path.rename(folder / "away")
     assert dmash.main(["--resume", str(folder)]) == 0 and same_run(folder, run)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(folder, capsys):
+    (folder / "checkpoint.pt").write_bytes(saved({"config": dataclasses.asdict(small_config(seed=2, K=8))}))
+    assert dmash.main(["--resume", str(folder)]) == 2
+    assert capsys.readouterr().err == (
+        f"dmash.py: error: --resume {folder}: checkpoint.pt is of a run with other settings (--seed 2 there and 1 "
+        "here, --K 8 there and 24 here)\n"
+    )
 
 
 def as_text(state):
@@ -1599,7 +1617,7 @@ def test_a_run_without_its_checkpoints_is_not_started_anew(folder, capsys):
         path.unlink()
     before = (folder / "metrics.csv").read_bytes()
     assert dmash.main(["--resume", str(folder)]) == 2
-    assert "metrics.csv cannot be read (it goes to step 40, but there is no checkpoint.pt" in capsys.readouterr().err
+    assert "no checkpoint.pt, but metrics.csv goes to step 40" in capsys.readouterr().err
     assert (folder / "metrics.csv").read_bytes() == before
 
 
@@ -1612,6 +1630,22 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(file, option, folder, tmp_pat
     (folder / file).write_bytes(saved({"g": Attack()}))
     assert dmash.main([option, str(folder)]) == 2
     assert f"{file} cannot be read" in capsys.readouterr().err and not (tmp_path / "attacked").exists()
+
+
+def test_a_folder_with_results_but_no_config_is_refused(folder, capsys):
+    (folder / "config.json").unlink()
+    before = (folder / "metrics.csv").read_bytes()
+    assert dmash.main(small_arguments(folder.parent)) == 2
+    assert f"{folder} already holds metrics.csv, per_context.csv, policy.pt, checkpoint.pt" in capsys.readouterr().err
+    assert before == (folder / "metrics.csv").read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_output_that_cannot_be_written_is_told_once():
+    with open("/dev/full", "w") as full:
+        script = [sys.executable, str(HERE / "dmash.py"), "--list-envs"]
+        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "dmash.py: error: output: No space left on device\n")
 
 
 def test_a_folder_of_another_configuration_is_refused(run, capsys):
@@ -1719,7 +1753,7 @@ def main():
         print(f"| `{env_id}` | " + " | ".join(row) + " |", flush=True)
     print("\n| fault | tried | survived |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as out, contextlib.chdir(out), open(os.devnull, "w") as nowhere:
-        same = [same for _, same in kill_twenty(out)]
+        same = [same for _, same in kill_twenty(out)] if hasattr(os, "fork") else []
         print(f"| `SIGKILL` at a random time, then `--resume` | {len(same)} | {sum(same)} |", flush=True)
         with contextlib.redirect_stderr(nowhere):
             refused = [dmash.main(arguments.split()) == 2 for arguments, _ in BAD_COMMANDS]
