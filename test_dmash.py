@@ -1258,7 +1258,8 @@ def test_plot_needs_no_more_than_the_run_folder(run, tmp_path):
 
 def command(*arguments, code=None, cwd=HERE):
     script = ["-c", code] if code else [str(HERE / "dmash.py")]
-    return subprocess.run([sys.executable, *script, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    script = [sys.executable, *script, *map(str, arguments)]
+    return subprocess.run(script, capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def test_command_line_end_to_end_without_matplotlib_and_tqdm(tmp_path):
