@@ -890,9 +890,8 @@ def resume_run(folder, steps=None):
     if previous.exists() and not checkpoint.exists():  # killed between the two moves of replace_file
         checkpoint = previous
     if checkpoint.exists():
-        hint = f"; if you move it away, --resume goes on from {previous.name}" * (
-            previous.exists() and checkpoint != previous
-        )
+        spare = checkpoint != previous and previous.exists()
+        hint = f"; if you move it away, --resume goes on from {previous.name}" if spare else ""
         with reading(checkpoint, "--resume", hint):
             state = load(checkpoint, cfg.device)
             there = differences(state["config"], asdict(cfg), but=("steps", "out"))
