@@ -866,13 +866,14 @@ def new_run(cfg):
             there = differences(read_config(folder, "--out"), asdict(cfg))
             raise BadInput(
                 f"{folder} already holds {f'a run with other settings ({there})' if there else 'this run'}; "
-                f"choose another --seed or --out, or go on with --resume {folder}"
+                f"choose another --seed or --out, or go on with --resume {folder} (where --steps may be raised)"
             )
         if left := [name for name in RESULTS if (folder / name).exists()]:
             raise BadInput(f"{folder} already holds {', '.join(left)}; choose another --seed or --out")
         replace_file(folder / "config.json", config_text(cfg))
     except OSError as error:
         raise BadInput(f"--out {cfg.out}: cannot write {folder} ({error.strerror})") from None
+    print(f"{folder}: {cfg.random_steps:,} random steps, then {cfg.steps:,} gradient steps", flush=True)
     return run
 
 
@@ -912,7 +913,7 @@ def resume_run(folder, steps=None):
         replace_file(path, text.encode())
     if steps:
         replace_file(folder / "config.json", config_text(cfg))
-    print(f"going on from step {run.step:,}")
+    print(f"{folder}: going on from step {run.step:,} of {cfg.steps:,}", flush=True)
     return run
 
 
@@ -1028,7 +1029,7 @@ def load_run(folder, **changes):
     cfg = Config(**(read_config(folder, "--eval") | changes))
     path = folder / "policy.pt"
     if not path.is_file():
-        raise BadInput(f"--eval {folder}: no {path.name}; it is written at each evaluation")
+        raise BadInput(f"--eval {folder}: no {path.name}; it is written with each checkpoint")
     agent = set_up(cfg)
     with reading(path, "--eval"):
         agent.load_state_dict(load(path, cfg.device))
@@ -1241,7 +1242,7 @@ def build_parser():
 
         def convert(text):
             try:
-                return f.type(text)
+                return whole(text) if f.type is int else f.type(text)
             except ValueError:
                 raise argparse.ArgumentTypeError(f"{text!r}: must be {kind} in {f.metadata['allowed']}") from None
 
@@ -1258,6 +1259,16 @@ def build_parser():
             help=f.metadata["help"] + (f" ({'; '.join(about)})" if about else ""),
         )
     return parser
+
+
+def whole(text):
+    """A whole number, also written as 1e5. ValueError if it is none."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        return int(float(text))
 
 
 def list_envs():

@@ -1204,8 +1204,9 @@ def test_steps_may_be_raised_on_resume(folder, capsys):
 def test_sigterm_saves_and_a_second_process_is_refused(run, tmp_path):
     command_line = [sys.executable, str(HERE / "dmash.py"), *small_arguments(tmp_path, steps=100_000)]
     process = subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("step 20 ")
     folder = tmp_path / run.name
+    assert process.stdout.readline() == f"{folder}: 60 random steps, then 100,000 gradient steps\n"
+    assert process.stdout.readline().startswith("step 20 ")
     refused = command("--resume", folder)
     assert refused.returncode == 2 and refused.stderr == f"dmash.py: error: {folder} is in use by another process\n"
     process.terminate()
@@ -1267,7 +1268,7 @@ def test_command_line_end_to_end_without_matplotlib_and_tqdm(tmp_path):
     code = "import sys; sys.modules['matplotlib'] = sys.modules['tqdm'] = None; import dmash; sys.exit(dmash.main())"
     done = command(*small_arguments(tmp_path, steps=4, eval_every=2), code=code)
     assert done.returncode == 0 and done.stderr == ""
-    assert [line.split()[:2] for line in done.stdout.splitlines()[:2]] == [["step", "2"], ["step", "4"]]
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:3]] == [["step", "2"], ["step", "4"]]
     assert "curve.png" not in done.stdout
     again = command(*small_arguments(tmp_path, steps=4, eval_every=2))
     assert again.returncode == 2 and "already holds this run" in again.stderr  # nothing is overwritten
@@ -1331,6 +1332,11 @@ def test_benchmark_prints_every_phase(capsys):
         assert any(line.split()[0] == word for line in out.splitlines()), word
 
 
+def test_whole_numbers_may_be_written_with_an_exponent():
+    settings = dmash.build_parser().parse_args(["--steps", "1e5", "--seed", "4294967295"])
+    assert (settings.steps, settings.seed) == (100_000, 4294967295)
+
+
 def test_help_names_every_setting():
     done = command("--help")
     assert done.returncode == 0
@@ -1374,7 +1380,8 @@ BAD_COMMANDS = [
     ("--out /dev/null", "--out /dev/null: cannot write"),
     ("--env", "expected one argument"),
     ("--env ode_21", "unknown environment 'ode_21' (did you mean ode_2?)"),
-    ("--steps 1e3", "'1e3': must be a whole number in [1, 1e9]"),
+    ("--steps 1e-3", "'1e-3': must be a whole number in [1, 1e9]"),
+    ("--steps inf", "'inf': must be a whole number in [1, 1e9]"),
     ("--steps 10000000000", "--steps 10000000000: must be in [1, 1e9]"),
     ("--seed one", "'one': must be a whole number in [0, 4294967295]"),
     ("--seed 4294967296", "--seed 4294967296: must be in [0, 4294967295]"),
@@ -1654,7 +1661,8 @@ def test_a_folder_of_another_configuration_is_refused(run, capsys):
     assert dmash.main(small_arguments(run.parent, steps=30, batch=16)) == 2
     assert capsys.readouterr().err == (
         f"dmash.py: error: {run} already holds a run with other settings (--steps 40 there and 30 here, "
-        f"--batch 32 there and 16 here); choose another --seed or --out, or go on with --resume {run}\n"
+        f"--batch 32 there and 16 here); choose another --seed or --out, or go on with --resume {run} "
+        "(where --steps may be raised)\n"
     )
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
 
