@@ -852,7 +852,6 @@ class NoBar(contextlib.nullcontext):
 # The run folder
 # ---------------------------------------------------------------------------------------------------------------
 
-
 RESULTS = ("metrics.csv", "per_context.csv", "policy.pt", "checkpoint.pt", "checkpoint.previous.pt")
 
 
@@ -908,7 +907,8 @@ def resume_run(folder, steps=None):
                 at = [int(line.split(",")[0]) for line in lines]  # each row's step
             if not checkpoint.exists() and max(at, default=0) > cfg.eval_every:
                 raise BadInput(f"--resume {folder}: no checkpoint.pt, but {path.name} goes to step {max(at)}")
-            kept[path] = header + "".join(line for line, step in zip(lines, at) if step <= run.evaluated)
+            whole_lines = [(line, step) for line, step in zip(lines, at) if line.endswith("\n")]
+            kept[path] = header + "".join(line for line, step in whole_lines if step <= run.evaluated)
     for path, text in kept.items():
         replace_file(path, text.encode())
     if steps:
@@ -1312,7 +1312,8 @@ def main(argv=None):
         run_folder, unfinished, timing, listing, table = (settings.pop(name) for name in modes)
         if table and run_folder is None:
             raise BadInput("--per-context: allowed only with --eval RUN_FOLDER")
-        used = dict(zip(ALLOWED_WITH, (run_folder is not None, unfinished is not None, listing, timing)))
+        used = {"--eval": run_folder is not None, "--resume": unfinished is not None}
+        used |= {"--list-envs": listing, "--benchmark": timing}
         mode = next((mode for mode in used if used[mode]), None)  # argparse lets through one at most
         for name in settings if mode else ():
             if name not in ALLOWED_WITH[mode]:

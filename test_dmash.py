@@ -1163,9 +1163,12 @@ def test_resuming_in_mid_episode_restores_the_physics(env_id, tmp_path, monkeypa
     assert same_run(tmp_path / "whole" / folder, tmp_path / "stopped" / folder)
 
 
-def test_rows_after_the_checkpoint_are_written_again(run, folder):
-    """As after a kill between a row and its checkpoint."""
+@pytest.mark.parametrize("torn", ["60,12", "1"])
+def test_rows_after_the_checkpoint_are_written_again(torn, run, folder):
+    """As after a kill between a row and its checkpoint, in the middle of a line."""
     os.replace(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")  # of step 20
+    with open(folder / "metrics.csv", "a") as file:
+        file.write(torn)
     assert dmash.main(["--resume", str(folder)]) == 0
     assert same_run(folder, run)
 
