@@ -44,6 +44,11 @@ class ContextDim(NamedTuple):
     def binary(self):
         return self.extrapolation is None
 
+    def distance(self, value):
+        """From the middle of the train range, 1 at its ends."""
+        low, high = self.train
+        return abs(2 * value - low - high) / (high - low)
+
     def check(self, value):
         """Returns `value` as a float; ValueError names it if it is not finite or physically impossible."""
         try:
@@ -87,8 +92,8 @@ def context_sets(env_id, n=20, seed=0):
     (eval_out). A binary dimension keeps both values. Up to two dimensions, `n` evenly spaced entries of the sorted
     mesh are taken; with more dimensions, `n` random draws of a generator seeded with `seed`.
 
-    With n = 20 both values of a binary dimension get their share; with other n they may not. An n above the size of
-    the mesh repeats contexts.
+    n = 20 gives the published sets, in which a binary dimension's values stand 11 to 9; with any other n they take
+    turns. An n above the size of the mesh repeats contexts.
 
     Returns {"train": [...], "eval_in": [...], "eval_out": [...]}. Raises ValueError for an unknown id or n < 1.
     """
@@ -115,7 +120,10 @@ def context_sets(env_id, n=20, seed=0):
             chosen = np.stack([rng.choice(axis, n) for axis in axes], axis=-1)  # (n, dims)
         else:
             mesh = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(dims))  # sorted
-            chosen = mesh[np.linspace(0, len(mesh) - 1, n).astype(int)]
+            entries = np.linspace(0, len(mesh) - 1, n).astype(int)
+            if dims[-1].binary and n != 20:  # the mesh alternates in its last dimension: even entries hold one value
+                entries = entries // 2 * 2 + np.arange(n) % 2
+            chosen = mesh[entries]
         return [{dim.name: float(value) for dim, value in zip(dims, row)} for row in chosen]
 
     return {which: draw(which) for which in ("train", "eval_in", "eval_out")}
@@ -212,6 +220,7 @@ class Task:
 
     def step(self, actions):
         """One step of actions (N, d_a) in [-1, 1]; then `observation` and `reward` are those of the new state."""
+        actions = np.asarray(actions, dtype=np.float64)  # whoever calls: float32 powers and products would differ
         if self.signs is not None:
             actions = ActuatorInversion.route(actions, self.signs)
         if self.order is not None:
@@ -871,32 +880,35 @@ class HopperGym(GymTask):
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """One row of the benchmark: the paper's name, the class, context dimensions, steps an episode, and whether one
-    context-unaware policy does well in every context (overlapping)."""
+    """One row of the benchmark: the paper's name, the class, context dimensions, steps an episode, whether one
+    context-unaware policy does well in every context (overlapping), and the paper's window and gradient steps."""
 
     paper_name: str
     cls: type
     context: tuple[ContextDim, ...]
     horizon: int
     kind: str
+    K: int  # past transitions in a window
+    steps: int  # gradient steps of a run
 
 
+NON, WEAK, OVER = "non-overlapping", "weakly non-overlapping", "overlapping"
 ENVS = {
-    "di_inv": EnvSpec("DI", DoubleIntegrator, (MASS, ACTION_FACTOR), 100, "non-overlapping"),
-    "di_friction": EnvSpec("DI-Friction", DoubleIntegrator, (MASS, FRICTION), 100, "overlapping"),
-    "di_perm": EnvSpec("DI-Perm", DoubleIntegrator, (MASS, SWAP), 100, "non-overlapping"),
-    "ode": EnvSpec("ODE", ODE, coefficients(2), 200, "weakly non-overlapping"),
-    "cartpole_inv": EnvSpec("Cartpole", Cartpole, (POLE_LENGTH, ACTION_FACTOR), 1000, "non-overlapping"),
-    "cheetah_inv": EnvSpec("Cheetah", Cheetah, (LENGTH_SCALE, ACTION_FACTOR), 1000, "non-overlapping"),
-    "reacher_easy_inv": EnvSpec("Reacher(E)", Reacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, "non-overlapping"),
-    "reacher_hard_inv": EnvSpec("Reacher(H)", HardReacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, "non-overlapping"),
-    "reacher_hard_perm": EnvSpec("Reacher(H)-Perm", HardReacher, (LENGTH_SCALE, SWAP), 1000, "non-overlapping"),
-    "ball_in_cup": EnvSpec("BallInCup", BallInCup, (CUP_GRAVITY, STRING_LENGTH), 1000, "overlapping"),
-    "walker": EnvSpec("Walker", Walker, (GRAVITY, STRENGTH), 1000, "overlapping"),
-    "walker_gym": EnvSpec("WalkerGym", WalkerGym, (GRAVITY, STRENGTH), 1000, "overlapping"),
-    "hopper_gym": EnvSpec("HopperGym", HopperGym, (GRAVITY, STRENGTH), 1000, "overlapping"),
+    "di_inv": EnvSpec("DI", DoubleIntegrator, (MASS, ACTION_FACTOR), 100, NON, 24, 100_000),
+    "di_friction": EnvSpec("DI-Friction", DoubleIntegrator, (MASS, FRICTION), 100, OVER, 24, 100_000),
+    "di_perm": EnvSpec("DI-Perm", DoubleIntegrator, (MASS, SWAP), 100, NON, 24, 100_000),
+    "ode": EnvSpec("ODE", ODE, coefficients(2), 200, WEAK, 24, 100_000),
+    "cartpole_inv": EnvSpec("Cartpole", Cartpole, (POLE_LENGTH, ACTION_FACTOR), 1000, NON, 128, 100_000),
+    "cheetah_inv": EnvSpec("Cheetah", Cheetah, (LENGTH_SCALE, ACTION_FACTOR), 1000, NON, 128, 200_000),
+    "reacher_easy_inv": EnvSpec("Reacher(E)", Reacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, NON, 128, 200_000),
+    "reacher_hard_inv": EnvSpec("Reacher(H)", HardReacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, NON, 128, 200_000),
+    "reacher_hard_perm": EnvSpec("Reacher(H)-Perm", HardReacher, (LENGTH_SCALE, SWAP), 1000, NON, 128, 200_000),
+    "ball_in_cup": EnvSpec("BallInCup", BallInCup, (CUP_GRAVITY, STRING_LENGTH), 1000, OVER, 128, 200_000),
+    "walker": EnvSpec("Walker", Walker, (GRAVITY, STRENGTH), 1000, OVER, 128, 200_000),
+    "walker_gym": EnvSpec("WalkerGym", WalkerGym, (GRAVITY, STRENGTH), 1000, OVER, 128, 500_000),
+    "hopper_gym": EnvSpec("HopperGym", HopperGym, (GRAVITY, STRENGTH), 1000, OVER, 128, 500_000),
 }
-ENVS |= {f"ode_{k}": EnvSpec(f"ODE-{k}", ODE, coefficients(k), 200, "weakly non-overlapping") for k in range(1, 21)}
+ENVS |= {f"ode_{k}": EnvSpec(f"ODE-{k}", ODE, coefficients(k), 200, WEAK, 24, 100_000) for k in range(1, 21)}
 
 
 def unknown(kind, name, known):
@@ -1028,8 +1040,9 @@ class VectorEnv:
         spec = lookup(env_id)
         self.task = spec.cls([full_context(env_id, context) for context in contexts])
         self.N, self.d_s, self.d_a, self.horizon = self.task.N, self.task.d_s, self.task.d_a, spec.horizon
+        self.c = np.array([list(context.values()) for context in self.task.contexts], dtype=np.float32)  # (N, d_c)
         self.rngs = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(self.N)]
-        self.t = 0
+        self.t = None  # not yet reset
 
     def reset(self):
         """Starts an episode everywhere. Observations (N, d_s)."""
@@ -1049,10 +1062,33 @@ class VectorEnv:
     def state_dict(self):
         """Everything that the next steps and resets depend on, in plain lists and numbers."""
         states = [rng.bit_generator.state for rng in self.rngs]
-        return {"t": self.t, "rngs": states, "task": self.task.snapshot().tolist()}
+        return {"t": self.t, "rngs": states, "task": None if self.t is None else self.task.snapshot().tolist()}
 
     def load_state_dict(self, state):
         self.t = state["t"]
-        self.task.restore(np.array(state["task"]))
+        if state["t"] is not None:
+            self.task.restore(np.array(state["task"]))
         for rng, rng_state in zip(self.rngs, state["rngs"]):
             rng.bit_generator.state = rng_state
+
+
+def table():
+    """The table of environments as text, a line each."""
+
+    def describe(dim):
+        if dim.binary:
+            return f"{dim.name} in {{{dim.train[0]:g}, {dim.train[1]:g}}}"
+        (low, high), (far_low, far_high) = dim.train, dim.extrapolation
+        return f"{dim.name} {dim.default:g}, [{low:g}, {high:g}], [{far_low:g}, {far_high:g}]"
+
+    row = "{:<18} {:<16} {:<23} {:>7} {:>4} {:>7}  {}".format
+    lines = [row("id", "paper", "kind", "horizon", "K", "steps", "contexts: default, train range, extrapolation range")]
+    for env_id, spec in ENVS.items():
+        dims = [describe(dim) for dim in spec.context[:2]]
+        dims += [f"and so on to {spec.context[-1].name}"] * (len(spec.context) > 2)
+        lines.append(row(env_id, spec.paper_name, spec.kind, spec.horizon, spec.K, spec.steps, "; ".join(dims)))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -12,15 +12,25 @@ losses the adapter is a constant. Nothing is trained at evaluation, on contexts 
                                                                 ├──▶ policy π_{ξ,ω}           trains ξ only   (Eq. 2)
                                                                 └──▶ critics Q_{ζ,ω}          trains ζ only   (Eq. 2)
 
+Algorithm 2, the lines by which `Rollout.step` (line 1) and `Agent.update` (lines 2 to 7) are numbered:
+
+    1  in every training context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
+    2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
+    3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η}, the error of predicting δs                             (Eq. 1)
+    4  ω ← stop-gradient(ω)                                                                          (Eq. 2)
+    5  ζ ← ζ − α₂ ∇L_ζ, target r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s')), a' ~ π_{ξ,ω}(·|s')
+    6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, then the temperature α
+    7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄), ρ the Polyak rate
+
     python dmash.py --env cartpole_inv                              train, evaluate, save and plot one run
+    python dmash.py --env cartpole_inv --method concat              the same with another method of the comparison
     python dmash.py --resume runs/cartpole_inv__dma_star_sh__s1     go on with a run that was stopped or killed
     python dmash.py --eval runs/cartpole_inv__dma_star_sh__s1       returns on the three context sets
-    python dmash.py --benchmark                                     where the time of a gradient step goes
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual RL under
 Discontinuous Shifts", arXiv 2602.06550. Equations and algorithms are cited by its numbers.
 
-Axes, in every shape below: B samples, N contexts, K transitions a window, L of them read, n networks side by side.
+Axes, in every shape below: B samples, N contexts, K transitions a window, L of them read.
 """
 
 import argparse
@@ -28,11 +38,11 @@ import contextlib
 import copy
 import csv
 import io
-import itertools
 import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -41,6 +51,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium
 import mujoco
 import numpy as np
 import torch
@@ -49,17 +60,54 @@ import torch.nn.functional as F
 
 import aib_envs
 
-# ---------------------------------------------------------------------------------------------------------------
-# Context encoder g_φ: window τ -> context code z
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The methods of the comparison. A first reader needs the first row only: the defaults are DMA*-SH. ----------
 
 
-def subsample(B, K, L, train, device=None):
-    """Which L of K window positions the encoder reads, (B, L): a random subset in random order, drawn per sample,
-    in training mode; evenly spaced, oldest first, at evaluation (with L = 1: the oldest)."""
-    if train:
+class Method(NamedTuple):
+    """One method: what its networks are told about the context, and how."""
+
+    paper: str  # its name there
+    context: str = "inferred"  # inferred: the code z; true: c itself; none
+    rl: str = "adapter"  # how it enters π and Q: adapter, concat, nothing
+    f: str = "adapter"  # how it enters f: adapter, concat; nothing: there is no f
+    hypernetwork: str = "shared"  # shared: one, trained by Eq. 1; own: one in each network, trained by its loss; none
+    mask: float = 0.4  # probability of masking each input vector of the encoder
+    input_norm: bool = True  # AvgL1Norm in the encoder
+    output_norm: bool = True  # SimNorm in the encoder
+    kl: float = 0.0  # above 0: the code is Gaussian, and this the weight of its KL term in the dynamics loss
+    into_eta: tuple[str, ...] = ()  # RL losses that reach η all the same
+
+
+PLAIN = dict(mask=0.0, input_norm=False, output_norm=False)  # an encoder without masks and norms
+CONCAT = dict(rl="concat", f="concat", hypernetwork="none")
+METHODS = {
+    "dma_star_sh": Method("DMA*-SH"),
+    "dma_star_h": Method("DMA*-H", hypernetwork="own"),
+    "dma_star": Method("DMA*", **CONCAT, mask=0.2),
+    "dma": Method("DMA", **CONCAT, **PLAIN),
+    "dma_pearl": Method("DMA-Pearl", **CONCAT, **PLAIN, kl=0.4),
+    "concat": Method("Concat", context="true", rl="concat", f="nothing", hypernetwork="none", **PLAIN),
+    "da": Method("DA", context="true", f="nothing", hypernetwork="own", **PLAIN),
+    "dr": Method("DR", context="none", rl="nothing", f="nothing", hypernetwork="none", **PLAIN),
+    "dma_sh": Method("ablation", **PLAIN),
+    "rl_adapters": Method("ablation", f="concat", hypernetwork="own"),
+    "no_mask": Method("ablation", mask=0.0),
+    "no_input_norm": Method("ablation", input_norm=False),
+    "no_output_norm": Method("ablation", output_norm=False),
+    "critic_into_eta": Method("ablation", into_eta=("critic",)),
+    "actor_into_eta": Method("ablation", into_eta=("actor",)),
+    "both_into_eta": Method("ablation", into_eta=("critic", "actor")),
+}
+
+# ---- Context encoder g_φ: window τ -> context code z ------------------------------------------------------------
+
+
+def subsample(B, K, L, noisy, device=None):
+    """Which L of K window positions the encoder reads, (B, L): if `noisy`, a random subset in random order, drawn per
+    sample; else evenly spaced, oldest first, rounded down (with L = 1: the oldest)."""
+    if noisy:
         return torch.rand(B, K, device=device).topk(L).indices
-    return torch.linspace(0, K - 1, L, device=device).round().long().expand(B, L)
+    return (torch.arange(L, device=device) * (K - 1) // max(L - 1, 1)).expand(B, L)
 
 
 def mask_inputs(tau, d_s, d_a, p):
@@ -83,29 +131,41 @@ def sim_norm(x, group):
 class ContextEncoder(nn.Module):
     """g_φ: masking -> linear -> AvgL1Norm -> LSTM, its last hidden state -> linear -> SimNorm."""
 
-    def __init__(self, d_s, d_a, d_z=8, hidden=32, group=4, mask=0.4):
+    def __init__(self, d_s, d_a, d_z=8, hidden=32, group=4, mask=0.4, method=METHODS["dma_star_sh"]):
         super().__init__()
-        self.d_s, self.d_a, self.group, self.mask = d_s, d_a, group, mask
+        self.d_s, self.d_a, self.group, self.mask, self.method = d_s, d_a, group, mask, method
         self.embed = nn.Linear(2 * d_s + d_a, hidden, bias=False)
         self.lstm = nn.LSTM(hidden, hidden)
         self.project = nn.Linear(hidden, d_z, bias=False)
+        self.variance = nn.Linear(hidden, d_z, bias=False) if method.kl else None
 
-    def forward(self, tau, train):
-        """tau (B, L, 2 d_s + d_a) -> z (B, d_z). Masks only if `train`."""
-        if train:
+    def forward(self, tau, noisy):
+        """tau (B, L, 2 d_s + d_a) -> z (B, d_z), and the KL term of a Gaussian code (0 without). Masks if `noisy`."""
+        if noisy:
             tau = mask_inputs(tau, self.d_s, self.d_a, self.mask)
-        x = avg_l1_norm(self.embed(tau))  # (B, L, 32)
-        _, (h, _) = self.lstm(x.transpose(0, 1))  # time first is faster; h (1, B, 32)
-        return sim_norm(self.project(h[0]), self.group)
+        e = self.embed(tau)  # (B, L, 32)
+        if self.method.input_norm:
+            e = avg_l1_norm(e)
+        _, (last, _) = self.lstm(e.transpose(0, 1))  # time first is faster; last (1, B, 32)
+        z = self.project(last[0])  # (B, 8)
+        if self.variance is not None:
+            return gaussian_code(z, F.softplus(self.variance(last[0])), noisy)
+        return (sim_norm(z, self.group) if self.method.output_norm else z), 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Hypernetwork h_η: z -> ω, and the adapter made of ω
-# ---------------------------------------------------------------------------------------------------------------
+def gaussian_code(mean, variance, noisy):
+    """DMA-Pearl's code: a sample of N(mean, variance) if `noisy`, else the mean; and KL(N(mean, variance) ‖ N(0, 1)),
+    mean over samples and dimensions. (B, d_z) each."""
+    kl = (variance + mean.square() - 1 - variance.log()) / 2
+    return mean + variance.sqrt() * torch.randn_like(mean) if noisy else mean, kl.mean()
+
+
+# ---- Hypernetwork h_η: z -> ω, and the adapter made of ω --------------------------------------------------------
 
 
 class Omega(NamedTuple):
-    """ω, the adapter's weights, one adapter a sample. Row vectors multiply from the left."""
+    """ω, the weights of B adapters, one adapter per sample. Stored for row vectors, which multiply from the left: the
+    transposes of Eq. 3's matrices. Its column form makes a gradient step 5 % slower."""
 
     W_down: torch.Tensor  # (B, 256, 32)
     b_down: torch.Tensor  # (B, 1, 32)
@@ -117,128 +177,438 @@ class Omega(NamedTuple):
 
 
 class Hypernetwork(nn.Module):
-    """h_η: z (B, d_z) -> Omega.
-
-    One linear head a tensor: a single one would copy ω (16 MB) to split it. A head is one matrix whose last row is
-    its bias, met by a constant 1 in h: adding biases to ω apart would pass over it once more each way.
-    """
+    """h_η: z (B, d_z) -> Omega. One linear head per tensor of ω: cutting them out of a single one would copy ω."""
 
     def __init__(self, d_z=8, hidden=64, d_x=256, bottleneck=32):
         super().__init__()
         self.shapes = Omega((d_x, bottleneck), (1, bottleneck), (bottleneck, d_x), (1, d_x))
         self.trunk = nn.Sequential(nn.Linear(d_z, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-        bound = hidden**-0.5  # PyTorch's default for weights and biases of nn.Linear
-        self.heads = nn.ParameterList(
-            torch.empty(hidden + 1, math.prod(shape)).uniform_(-bound, bound) for shape in self.shapes
-        )
+        self.heads = nn.ModuleList(nn.Linear(hidden, math.prod(shape)) for shape in self.shapes)
 
     def forward(self, z):
-        h = F.pad(self.trunk(z), (0, 1), value=1.0)  # (B, 65)
-        return Omega(*((h @ head).unflatten(-1, shape) for head, shape in zip(self.heads, self.shapes)))
+        y = self.trunk(z)  # (B, 64)
+        return Omega(*(head(y).unflatten(-1, shape) for head, shape in zip(self.heads, self.shapes)))
 
 
 def adapter(x, omega):
-    """Eq. 3: g_adapter(x; ω) = W_up ReLU(W_down x + b_down) + b_up, x (B, n, 256), one ω for all n networks."""
-    down = F.relu(torch.baddbmm(omega.b_down, x, omega.W_down))  # (B, n, 32)
-    return torch.baddbmm(omega.b_up, down, omega.W_up)  # (B, n, 256)
+    """Eq. 3: g_adapter(x; ω) = W_up ReLU(W_down x + b_down) + b_up, x (B, 256) -> (B, 256).
+
+    ω may have fewer rows than x, where samples that follow each other share a context: each row then serves as many.
+    """
+    rows = x.unflatten(0, (len(omega.b_up), -1))  # (rows of ω, samples a row, 256)
+    down = F.relu(torch.baddbmm(omega.b_down, rows, omega.W_down))
+    return torch.baddbmm(omega.b_up, down, omega.W_up).flatten(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The three users of ω: dynamics model f_{θ,ω}, policy π_{ξ,ω}, critics Q_{ζ,ω}
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The three users of ω: dynamics model f_{θ,ω}, policy π_{ξ,ω}, critics Q_{ζ,ω} ------------------------------
 
 
-class Linears(nn.Module):
-    """n linear layers side by side, each with its own weights and PyTorch's default initialisation."""
+class Network(nn.Module):
+    """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head. `told` is ω, or, in other methods than DMA*-SH, something
+    that a hypernetwork of its own turns into ω (`own` makes one), or that is concatenated to the input."""
 
-    def __init__(self, n, d_in, d_out):
+    def __init__(self, d_in, d_out, d_x=256, how="adapter", d_told=0, own=None):
         super().__init__()
-        bound = d_in**-0.5
-        self.weight = nn.Parameter(torch.empty(n, d_in, d_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(n, 1, d_out).uniform_(-bound, bound))
+        self.how, self.own = how, own and own()
+        d_in += d_told if how == "concat" else 0
+        self.trunk = nn.Sequential(nn.Linear(d_in, d_x), nn.ReLU(), nn.Linear(d_x, d_x))
+        self.head = nn.Linear(d_x, d_out)
 
-    def forward(self, x):
-        """x (n, B, d_in) -> (n, B, d_out)."""
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
-class AdaptedNetwork(nn.Module):
-    """n networks side by side: trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head."""
-
-    def __init__(self, d_in, d_out, d_x=256, n=1):
-        super().__init__()
-        self.n = n
-        self.trunk = nn.Sequential(Linears(n, d_in, d_x), nn.ReLU(), Linears(n, d_x, d_x))
-        self.head = Linears(n, d_x, d_out)
-
-    def forward(self, inputs, omega):
-        """inputs (B, d_in) -> (n, B, d_out)."""
-        x = self.trunk(inputs.expand(self.n, -1, -1))  # (n, B, 256), no activation yet
-        x = x.transpose(0, 1)  # (B, n, 256)
-        x = F.relu(x + adapter(x, omega))
-        return self.head(x.transpose(0, 1))
+    def forward(self, inputs, told):
+        """inputs (B, d_in) -> (B, d_out)."""
+        if self.how == "concat":  # [s; z], [s; a; z]; one row of c serves all samples of its context
+            inputs = torch.cat([inputs, told.repeat_interleave(len(inputs) // len(told), 0)], -1)
+        x = self.trunk(inputs)  # (B, 256), no activation yet
+        if self.how == "adapter":
+            omega = self.own(told) if self.own else told
+            x = x + adapter(x, omega)
+        return self.head(F.relu(x))
 
 
-class DynamicsModel(AdaptedNetwork):
+class DynamicsModel(Network):
     """f_{θ,ω}: predicts δs = s' - s."""
 
-    def __init__(self, d_s, d_a, d_x=256):
-        super().__init__(d_s + d_a, d_s, d_x)
+    def __init__(self, d_s, d_a, **how):
+        super().__init__(d_s + d_a, d_s, **how)
 
-    def forward(self, s, a, omega):
-        return super().forward(torch.cat([s, a], -1), omega).squeeze(0)  # (B, d_s)
+    def forward(self, s, a, told):
+        return super().forward(torch.cat([s, a], -1), told)  # (B, d_s)
 
 
-class Actor(AdaptedNetwork):
+class Actor(Network):
     """π_{ξ,ω}: a Gaussian squashed by tanh; actions in [-1, 1]."""
 
-    def __init__(self, d_s, d_a, d_x=256, log_std_min=-5.0, log_std_max=2.0):
-        super().__init__(d_s, 2 * d_a, d_x)
-        self.log_std_min, self.log_std_max = log_std_min, log_std_max
+    LOG_STD = (-5.0, 2.0)  # its range, by another tanh
 
-    def forward(self, s, omega):
+    def __init__(self, d_s, d_a, **how):
+        super().__init__(d_s, 2 * d_a, **how)
+
+    def forward(self, s, told):
         """Mean and log standard deviation before the tanh, (B, d_a) each."""
-        mu, log_std = super().forward(s, omega).squeeze(0).chunk(2, -1)
-        low, high = self.log_std_min, self.log_std_max
+        mu, log_std = super().forward(s, told).chunk(2, -1)
+        low, high = self.LOG_STD
         return mu, low + (high - low) * (log_std.tanh() + 1) / 2
 
-    def sample(self, s, omega):
+    def sample(self, s, told):
         """An action (B, d_a) by the reparameterisation trick, and its log-probability (B,)."""
-        mu, log_std = self(s, omega)
+        mu, log_std = self(s, told)
         noise = torch.randn_like(mu)
         u = mu + log_std.exp() * noise
         logp_u = -(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2
         log_dtanh = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh²u), exact also where tanh saturates
         return u.tanh(), (logp_u - log_dtanh).sum(-1)
 
-    def mean(self, s, omega):
-        return self(s, omega)[0].tanh()
+    def mean(self, s, told):
+        return self(s, told)[0].tanh()
 
 
-class Critics(AdaptedNetwork):
-    """Q_{ζ,ω}: both critics at once."""
+class Critics(nn.Module):
+    """Q_{ζ,ω}: both critics."""
 
-    def __init__(self, d_s, d_a, d_x=256):
-        super().__init__(d_s + d_a, 1, d_x, n=2)
+    def __init__(self, d_s, d_a, **how):
+        super().__init__()
+        self.Q1, self.Q2 = (Network(d_s + d_a, 1, **how) for _ in range(2))
 
-    def forward(self, s, a, omega):
-        return super().forward(torch.cat([s, a], -1), omega).squeeze(-1).T  # (B, 2)
+    def forward(self, s, a, told):
+        sa = torch.cat([s, a], -1)
+        return torch.cat([self.Q1(sa, told), self.Q2(sa, told)], -1)  # (B, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Losses. Each returns a scalar and, where something else needs it, one more value. --------------------------
 
-METHOD = "dma_star_sh"
 
-# Environment: (K, gradient steps).
-PER_ENV = {
-    "cartpole_inv": (128, 100_000),
-    **dict.fromkeys(("cheetah_inv", "ball_in_cup", "walker"), (128, 200_000)),
-    **dict.fromkeys(("reacher_easy_inv", "reacher_hard_inv", "reacher_hard_perm"), (128, 200_000)),
-    **dict.fromkeys(("walker_gym", "hopper_gym"), (128, 500_000)),
-}
-PER_ENV |= {env: (24, 100_000) for env in aib_envs.ENVS if env not in PER_ENV}  # the toy environments
+class Batch(NamedTuple):
+    """Transitions with the window before each: equal shares of N contexts, those of one context side by side."""
+
+    s: torch.Tensor  # (B, d_s)
+    a: torch.Tensor  # (B, d_a)
+    ds: torch.Tensor  # (B, d_s), δs = s' - s
+    r: torch.Tensor  # (B,)
+    tau: torch.Tensor  # (B, L, 2 d_s + d_a)
+    c: torch.Tensor  # (N, d_c), the true contexts, for the methods that are told
+
+    @property
+    def s2(self):
+        return self.s + self.ds
+
+
+def dynamics_loss(f, told, batch):
+    """Eq. 1: ‖δŝ - δs‖², mean over samples and dimensions. The only loss that reaches φ and η, through ω."""
+    s, a, ds = batch.s, batch.a, batch.ds
+    return F.mse_loss(f(s, a, told), ds)
+
+
+def critic_loss(pi, Q, Q_target, alpha, told, batch, gamma):
+    """SAC's Bellman error, summed over the two critics. The target carries the same ω: a transition changes the state,
+    not the context, so what the window before s tells holds for s' too."""
+    s, a, r, s2 = batch.s, batch.a, batch.r, batch.s2
+    with torch.no_grad():
+        a2, logp_a2 = pi.sample(s2, told)
+        v2 = Q_target(s2, a2, told).amin(1) - alpha * logp_a2  # (B,)
+        backup = r + gamma * v2  # always bootstraps: a time limit is no terminal state
+    q = Q(s, a, told)  # (B, 2)
+    assert backup.shape == q.shape[:1], (backup.shape, q.shape)
+    return (q - backup.unsqueeze(-1)).square().mean(0).sum()
+
+
+def actor_loss(pi, Q, alpha, told, batch):
+    """SAC's policy loss, and the log-probabilities (B,) of the actions it drew."""
+    s = batch.s
+    a, logp = pi.sample(s, told)
+    q = Q(s, a, told).amin(1)  # (B,)
+    return (alpha * logp - q).mean(), logp.detach()
+
+
+def temperature_loss(log_alpha, logp, target_entropy):
+    """Raises α while the policy's entropy is below its target."""
+    return -(log_alpha.exp() * (logp + target_entropy)).mean()
+
+
+# ---- The agent and its update (Algorithm 2) ---------------------------------------------------------------------
+
+
+def stop_gradient(x):
+    return None if x is None else x.detach()
+
+
+def minimise(loss, optimizer):
+    """One step of `optimizer`, with gradients for its parameters and no others: the policy's step, for one, spends
+    nothing on the critics. Returns the loss, detached."""
+    optimizer.zero_grad()
+    loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+    optimizer.step()
+    return loss.detach()
+
+
+class Agent:
+    """The networks of a method, their optimizers, and `update`, which is Algorithm 2. d_c: numbers in a context c."""
+
+    def __init__(self, cfg, d_s, d_a, d_c):
+        self.cfg, self.method, self.target_entropy = cfg, METHODS[cfg.method], -float(d_a)
+        method = self.method
+        d_told = {"inferred": cfg.d_z, "true": d_c, "none": 0}[method.context]
+
+        def hypernetwork():
+            return Hypernetwork(d_told, cfg.hyper_hidden, cfg.hidden, cfg.bottleneck)
+
+        def entry(how):
+            own = hypernetwork if how == "adapter" and method.hypernetwork == "own" else None
+            return dict(d_x=cfg.hidden, how=how, d_told=d_told, own=own)
+
+        self.g = self.h = self.f = None  # where a method has no such network
+        if method.context == "inferred":
+            self.g = ContextEncoder(d_s, d_a, cfg.d_z, cfg.encoder_hidden, cfg.simnorm_group, cfg.mask, method)  # φ
+        if method.hypernetwork == "shared":
+            self.h = hypernetwork()  # η
+        if method.f != "nothing":
+            self.f = DynamicsModel(d_s, d_a, **entry(method.f))  # θ
+        self.pi = Actor(d_s, d_a, **entry(method.rl))  # ξ
+        self.Q = Critics(d_s, d_a, **entry(method.rl))  # ζ
+        self.Q_target = copy.deepcopy(self.Q).requires_grad_(False)  # ζ̄
+        self.log_alpha = torch.zeros((), device=cfg.device, requires_grad=True)
+        for network in self.networks().values():
+            network.to(cfg.device)
+
+        def adam(lr, *networks):
+            return torch.optim.Adam(
+                [p for network in networks if network for p in network.parameters()], lr, fused=True
+            )
+
+        self.critic_opt, self.actor_opt = adam(cfg.critic_lr, self.Q), adam(cfg.actor_lr, self.pi)
+        self.alpha_opt = torch.optim.Adam([self.log_alpha], cfg.alpha_lr, fused=True)
+        self.dynamics_opt = adam(cfg.dynamics_lr, self.g, self.h, self.f) if self.f else None
+        for loss in method.into_eta:  # Adam works parameter by parameter: a group is as good as an optimizer of its own
+            optimizer = {"critic": self.critic_opt, "actor": self.actor_opt}[loss]
+            optimizer.add_param_group({"params": list(self.h.parameters()), "lr": cfg.dynamics_lr})
+
+    def networks(self):
+        """The networks that the method has, by name."""
+        names = ("g", "h", "f", "pi", "Q", "Q_target")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def optimizers(self):
+        names = ("dynamics_opt", "critic_opt", "actor_opt", "alpha_opt")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def alpha(self):
+        return self.log_alpha.detach().exp()
+
+    def tell(self, tau, c, noisy):
+        """The code z, what f, π and Q are told about the context, and the KL term of a Gaussian code.
+
+        DMA*-SH tells them ω = h_η(z); other methods stop at z, or tell the true context c, one row per context, or
+        nothing. tau (B, L, 2 d_s + d_a), c (N, d_c)."""
+        if self.method.context != "inferred":
+            return None, c if self.method.context == "true" else None, 0.0
+        z, kl = self.g(tau, noisy)
+        return z, self.h(z) if self.h else z, kl
+
+    def infer(self, tau, noisy):
+        """z (B, d_z) and ω, None without a shared hypernetwork, from windows tau."""
+        z, told, _ = self.tell(tau, None, noisy)
+        return z, told if self.h else None
+
+    @torch.no_grad()
+    def act(self, s, told, noisy):
+        """Actions (N, d_a) for s (N, d_s): sampled if `noisy`, else the mean."""
+        return self.pi.sample(s, told)[0] if noisy else self.pi.mean(s, told)
+
+    def reopened(self, loss, z, told):
+        """`told`, a constant; in the ablations whose `loss` may reach η, ω afresh from z, with its graph."""
+        return self.h(z) if loss in self.method.into_eta else told
+
+    def update(self, batch, step):
+        """One gradient step, number `step` from 1 on. Returns the losses and α as 0-d tensors; there is no dynamics_loss
+        without f, and no actor_loss on the steps that leave the policy alone."""
+        cfg, pi, Q, Q_target, losses = self.cfg, self.pi, self.Q, self.Q_target, {}
+
+        # 2  z ← g_φ(τ), ω ← h_η(z). `told` is ω, of one draw of masks, for f, π, Q and the target alike
+        z, told, kl = self.tell(batch.tau, batch.c, noisy=True)
+
+        # 3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η} (Eq. 1)
+        if self.f:
+            loss = dynamics_loss(self.f, told, batch)
+            minimise(loss * (1 + self.method.kl * kl), self.dynamics_opt)
+            losses["dynamics_loss"] = loss.detach()
+
+        # 4  ω ← stop-gradient(ω): a constant in all that follows (Eq. 2)
+        z, told = stop_gradient(z), stop_gradient(told)
+
+        # 5  ζ ← ζ − α₂ ∇L_ζ
+        loss = critic_loss(pi, Q, Q_target, self.alpha, self.reopened("critic", z, told), batch, cfg.gamma)
+        losses["critic_loss"] = minimise(loss, self.critic_opt)
+
+        # 6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, then the temperature
+        for _ in range(cfg.actor_every if step % cfg.actor_every == 0 else 0):
+            loss, logp = actor_loss(pi, Q, self.alpha, self.reopened("actor", z, told), batch)
+            losses["actor_loss"] = minimise(loss, self.actor_opt)
+            minimise(temperature_loss(self.log_alpha, logp, self.target_entropy), self.alpha_opt)
+
+        # 7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(Q_target.parameters()), list(Q.parameters()), cfg.polyak)
+
+        return losses | {"alpha": self.alpha}
+
+
+# ---- Replay: one stream of transitions per context, in time order -----------------------------------------------
+
+
+class Replay:
+    """Transitions of N contexts that step together. Row t of the ring holds each context's t-th [s, a, δs, r].
+
+    The window of transition t is rows t-K ... t-1 of the same context: past transitions only. It may reach back over a
+    reset, because the context, which it is read for, outlives the episode. Rows not yet written are zeros, as if masked.
+    No terminal flag is kept: there are no terminal states, and a time limit does not end the return.
+    """
+
+    def __init__(self, c, capacity, d_s, d_a, K, L):
+        """c (N, d_c): the true context of each stream, for the methods that are told."""
+        self.c, self.N, self.capacity, self.d_s, self.d_a, self.K, self.L = c, len(c), capacity, d_s, d_a, K, L
+        self.rows = torch.zeros(capacity, self.N, 2 * d_s + d_a + 1, device=c.device)
+        self.t = 0  # transitions written so far, per context
+
+    def add(self, s, a, r, s2):
+        """One transition of every context: s, s2 (N, d_s), a (N, d_a), r (N,)."""
+        self.rows[self.t % self.capacity] = torch.cat([s, a, s2 - s, r.unsqueeze(-1)], -1)
+        self.t += 1
+
+    def windows(self, n, t, noisy):
+        """The windows before transitions t (B,) of contexts n (B,), subsampled: (B, L, 2 d_s + d_a)."""
+        i = subsample(len(t), self.K, self.L, noisy, self.rows.device)  # (B, L)
+        past = (t.unsqueeze(-1) - self.K + i) % self.capacity
+        return self.rows[past, n.unsqueeze(-1), :-1]
+
+    def latest(self, noisy):
+        """The windows that end with the last transition of each context: (N, L, 2 d_s + d_a)."""
+        n = torch.arange(self.N, device=self.rows.device)
+        return self.windows(n, torch.full_like(n, self.t), noisy)
+
+    def sample(self, size):
+        """A Batch of `size // N` transitions of each context, uniform over those whose whole window is stored."""
+        n = torch.arange(self.N, device=self.rows.device).repeat_interleave(size // self.N)
+        oldest = max(0, self.t - self.capacity) + self.K
+        t = torch.randint(oldest, self.t, n.shape, device=self.rows.device)
+        s, a, ds, r = self.rows[t % self.capacity, n].split([self.d_s, self.d_a, self.d_s, 1], -1)
+        return Batch(s, a, ds, r.squeeze(-1), self.windows(n, t, noisy=True), self.c)
+
+    def state_dict(self):
+        """The filled part of the ring, not copied on a CPU, and the count."""
+        filled = self.rows[: min(self.t, self.capacity)].cpu().numpy()  # torch would save a view with all of its ring
+        return {"rows": torch.from_numpy(filled), "t": self.t}
+
+    def load_state_dict(self, state):
+        self.t = state["t"]
+        self.rows[: min(self.t, self.capacity)] = state["rows"]
+
+
+# ---- Acting, and zero-shot evaluation ---------------------------------------------------------------------------
+
+
+class BadInput(ValueError):
+    """Something wrong from outside, a value or a file; its message is the one line that the user sees."""
+
+
+class Stopped(Exception):
+    """The user wants the program to stop."""
+
+
+class Rollout:
+    """Acts in all contexts at once and fills a replay, whose last K transitions are the window to act on.
+
+    noisy: collects for training (the encoder masks and subsamples at random, actions are sampled), and a number that is
+    not finite is a FloatingPointError. Else it evaluates; where a simulation diverges, `diverged` says so, and the
+    instance goes on with zeros. Once `stop` holds something, a step is Stopped.
+    """
+
+    def __init__(self, agent, envs, noisy, capacity=None, stop=()):
+        cfg = agent.cfg
+        self.agent, self.envs, self.noisy, self.device, self.stop = agent, envs, noisy, cfg.device, stop
+        self.replay = Replay(self.tensor(envs.c), capacity or cfg.K, envs.d_s, envs.d_a, cfg.K, cfg.L)
+        self.s, self.done, self.diverged = None, True, np.zeros(envs.N, dtype=bool)
+
+    def collect(self, random=False):
+        """One step of an endless sequence of episodes."""
+        if self.done:
+            self.begin_episode(random=random)
+        self.step(random)
+
+    def begin_episode(self, warm_up=True, random=False):
+        """Warm-up: K steps fill the window with the current policy's transitions; then a reset. The window stays."""
+        self.reset()
+        for _ in range(self.replay.K if warm_up else 0):
+            self.step(random)
+        self.reset()
+
+    def reset(self):
+        self.done, self.diverged[:] = False, False
+        self.s = self.tensor(self.finite("observation", self.envs.reset()))
+
+    @torch.no_grad()
+    def step(self, random=False):
+        """Line 1 of Algorithm 2: one step in every context; random: uniform actions. Sets `done` at the horizon.
+        Returns s (N, d_s), a (N, d_a), r (N,), and what the policy was told."""
+        if self.stop:
+            raise Stopped
+        s, told = self.s, None
+        if random:
+            a = 2 * torch.rand(len(s), self.envs.d_a, device=self.device) - 1
+        else:
+            _, told, _ = self.agent.tell(self.replay.latest(self.noisy), self.replay.c, self.noisy)
+            a = self.agent.act(s, told, self.noisy)
+        actions = self.finite("action", a.cpu().numpy())
+        a = self.tensor(actions)
+        s2, r, self.done = self.envs.step(actions)
+        self.s, r = self.tensor(self.finite("observation", s2)), self.tensor(self.finite("reward", r))
+        self.replay.add(s, a, r, self.s)
+        return s, a, r, told
+
+    def finite(self, name, values):
+        """An array (N, ...), its rows that are not finite set to zero."""
+        bad = ~np.isfinite(values.reshape(len(values), -1)).all(-1)
+        if bad.any():
+            if self.noisy:
+                raise FloatingPointError(f"{name} is not finite")
+            self.diverged |= bad
+            values[bad] = 0
+        return values
+
+    def tensor(self, array):
+        return torch.from_numpy(array).to(self.device)
+
+    def state_dict(self):
+        return {"replay": self.replay.state_dict(), "envs": self.envs.state_dict(), "done": self.done, "s": self.s}
+
+    def load_state_dict(self, state):
+        self.replay.load_state_dict(state["replay"])
+        self.envs.load_state_dict(state["envs"])
+        self.done, self.s = state["done"], state["s"]
+
+
+def evaluate(agent, cfg, contexts, rollouts=1, seed=None, stop=()):
+    """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts, and which of them diverged: those
+    keep the reward collected until then. Two arrays, (contexts, rollouts); Stopped once `stop` holds something.
+
+    seed (default: the run's) fixes the initial states; the first of several rollouts starts where a single one does.
+    Draws nothing from torch's generator: evaluating changes no training run.
+    """
+    if not (isinstance(rollouts, int) and rollouts >= 1 and contexts):
+        raise BadInput(f"rollouts={rollouts!r} in {len(contexts)} contexts: must be at least 1 in at least 1")
+    envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=[cfg.seed if seed is None else seed, 1])
+    rollout, returns = Rollout(agent, envs, noisy=False, stop=stop), np.zeros(envs.N)
+    rollout.begin_episode()
+    while not rollout.done:
+        _, _, r, _ = rollout.step()
+        returns += np.where(rollout.diverged, 0, r.cpu().numpy())
+    return tuple(values.reshape(rollouts, -1).T for values in (returns, rollout.diverged))
+
+
+# ===============================================================================================================
+# The method ends here. What follows starts, saves, resumes and draws runs.
+# ===============================================================================================================
+
+# ---- Settings -------------------------------------------------------------------------------------------------
 
 
 def option(default, help, allowed=None):
@@ -248,13 +618,14 @@ def option(default, help, allowed=None):
 
 @dataclass
 class Config:
-    """Every setting; the defaults are the paper's. K and steps default to the environment's row of PER_ENV."""
+    """Every setting; the defaults are the paper's. Numbers may be given as text."""
 
-    env: str = option("cartpole_inv", "environment; --list-envs shows all")
+    env: str = option("cartpole_inv", "environment; python aib_envs.py shows all")
+    method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
     seed: int = option(1, "seed of everything random", "[0, 4294967295]")
     steps: int = option(None, "gradient steps (default: by environment)", "[1, 1e9]")
     out: str = option("runs", "folder in which the run folder <env>__<method>__s<seed> is made")
-    device: str = option("cpu", "torch device, such as cpu or cuda")
+    device: str = option("cpu", "torch device: cpu, cuda or cuda:<number>")
     threads: int = option(None, "torch CPU threads (default: torch's choice)", "[1, 1024]")
     eval_every: int = option(5000, "gradient steps between evaluations", "[1, 1e9]")
     eval_rollouts: int = option(1, "episodes per context at evaluations on the way", "[1, 1000]")
@@ -263,7 +634,7 @@ class Config:
     # window and encoder
     K: int = option(None, "past transitions in a window (default: by environment)", "[1, 1e6]")
     subsample: float = option(0.2, "share of the window that the encoder reads", "(0, 1]")
-    mask: float = option(0.4, "probability of masking each input vector of the encoder", "[0, 1]")
+    mask: float = option(None, "probability of masking each input vector of the encoder (default: by method)", "[0, 1]")
     encoder_hidden: int = option(32, "width of the encoder's LSTM", "[1, 10000]")
     d_z: int = option(8, "size of the context code z", "[1, 10000]")
     simnorm_group: int = option(4, "numbers in one softmax group of SimNorm", "[1, 10000]")
@@ -273,56 +644,40 @@ class Config:
     hidden: int = option(256, "width of the dynamics model, the policy and the critics", "[1, 10000]")
     # SAC
     gamma: float = option(0.99, "discount factor", "[0, 1]")
-    tau: float = option(0.005, "rate of the target critics' moving average", "(0, 1]")
+    polyak: float = option(0.005, "rate of the target critics' moving average", "(0, 1]")
     batch: int = option(256, "transitions in a batch, rounded down to a multiple of --contexts", "[1, 1e6]")
     dynamics_lr: float = option(3e-4, "learning rate of encoder, hypernetwork and dynamics model", "(0, 1]")
     critic_lr: float = option(1e-3, "learning rate of the critics", "(0, 1]")
     actor_lr: float = option(3e-4, "learning rate of the policy", "(0, 1]")
     alpha_lr: float = option(1e-3, "learning rate of the temperature", "(0, 1]")
     actor_every: int = option(2, "every so many steps the policy is updated, so many times", "[1, 1000]")
-    log_std_min: float = option(-5.0, "lower end of the policy's log standard deviation", "(-inf, inf)")
-    log_std_max: float = option(2.0, "upper end of it", "(-inf, inf)")
     buffer: int = option(100_000, "replay capacity per context, in transitions", "[1, 1e9]")
     random_steps: int = option(5000, "steps of uniformly random actions before the first gradient step", "[0, 1e9]")
 
     def __post_init__(self):
-        """Fills in the environment's defaults and checks every value; BadInput names the first bad one."""
-        try:
-            spec = aib_envs.lookup(str(self.env))
-        except ValueError as error:
-            raise BadInput(str(error)) from None
-        K, steps = PER_ENV[self.env]
-        self.K = K if self.K is None else self.K
-        self.steps = steps if self.steps is None else self.steps
-        self.threads = torch.get_num_threads() if self.threads is None else self.threads
+        """Fills in the defaults of environment and method, and checks; BadInput names the first bad value."""
+        for kind, name, known in (("environment", self.env, aib_envs.ENVS), ("method", self.method, METHODS)):
+            if name not in known:
+                raise BadInput(aib_envs.unknown(kind, name, list(known)))
+        spec, method = aib_envs.ENVS[self.env], METHODS[self.method]
+        defaults = {"K": spec.K, "steps": spec.steps, "mask": method.mask, "threads": torch.get_num_threads()}
         for f in fields(self):
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
-            if not (isinstance(value, f.type) or (f.type is float and isinstance(value, int))):
-                raise BadInput(f"{flag(f.name)} {value!r}: must be of type {f.type.__name__}")
-            if allowed and not inside(value, allowed):
-                raise BadInput(f"{flag(f.name)} {value}: must be in {allowed}")
-        for ok, message in (
-            (self.K <= spec.horizon, f"--K {self.K}: must be at most the horizon, {spec.horizon} for {self.env}"),
-            (self.buffer > self.K, f"--buffer {self.buffer}: must be more than --K, here {self.K}"),
-            (self.batch >= self.contexts, f"--batch {self.batch}: must be at least --contexts, here {self.contexts}"),
-            (
-                self.d_z % self.simnorm_group == 0,
-                f"--d-z {self.d_z}: must be a multiple of --simnorm-group, here {self.simnorm_group}",
-            ),
-            (
-                self.log_std_min < self.log_std_max,
-                f"--log-std-min {self.log_std_min}: must be below --log-std-max, here {self.log_std_max}",
-            ),
+            value = defaults.get(f.name) if value is None else value
+            setattr(self, f.name, number(flag(f.name), value, f.type, allowed) if allowed else str(value))
+        usable = ["cpu", *["cuda"] * torch.cuda.is_available()] + [
+            f"cuda:{i}" for i in range(torch.cuda.device_count())
+        ]
+        for bad, message in (
+            (self.K > spec.horizon, f"--K {self.K}: must be at most the horizon, {spec.horizon} for {self.env}"),
+            (self.buffer <= self.K, f"--buffer {self.buffer}: must be more than --K, here {self.K}"),
+            (self.batch < self.contexts, f"--batch {self.batch}: must be at least --contexts, here {self.contexts}"),
+            (self.mask and method.context != "inferred", f"--mask {self.mask}: {self.method} has no encoder"),
+            (self.d_z % self.simnorm_group, f"--d-z {self.d_z}: must be a multiple of --simnorm-group"),
+            (self.device not in usable, f"--device {self.device}: not usable here; allowed: {', '.join(usable)}"),
         ):
-            if not ok:
+            if bad:
                 raise BadInput(message)
-        try:
-            kind = torch.empty(0, device=self.device).device.type
-        except (RuntimeError, AssertionError):
-            kind = None
-        if kind not in ("cpu", "cuda"):
-            raise BadInput(f"--device {self.device}: not usable here; allowed: {', '.join(devices())}")
-        self.device = "cpu" if kind == "cpu" else self.device  # cpu:0 is the cpu
 
     @property
     def L(self):
@@ -330,361 +685,135 @@ class Config:
 
     @property
     def folder(self):
-        return Path(self.out) / f"{self.env}__{METHOD}__s{self.seed}"
+        return Path(self.out) / f"{self.env}__{self.method}__s{self.seed}"
 
 
-class BadInput(ValueError):
-    """Something wrong from outside, a value or a file; its message is the one line that the user sees."""
-
-
-def inside(value, allowed):
-    """Whether a number lies in an interval such as "(0, 1]"."""
+def number(name, value, kind, allowed):
+    """`value`, which may be text such as 1e5, as an int or float (`kind`) in an interval such as "(0, 1]"."""
     low, high = (float(end) for end in allowed[1:-1].split(","))
-    return low < value < high or (allowed[0] == "[" and value == low) or (allowed[-1] == "]" and value == high)
+    with contextlib.suppress(TypeError, ValueError):
+        x = float(value)
+        inside = low < x < high or (x == low and allowed[0] == "[") or (x == high and allowed[-1] == "]")
+        if inside and (kind is float or x.is_integer()):
+            return kind(x)
+    raise BadInput(f"{name} {value}: must be a {'whole ' * (kind is int)}number in {allowed}")
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def devices():
-    return ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+def new_agent(cfg):
+    spec = aib_envs.ENVS[cfg.env]
+    return Agent(cfg, spec.cls.d_s, spec.cls.d_a, len(spec.context))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Replay: one stream of transitions a context, in time order
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """`size // N` transitions of each of the N contexts, with the window before each."""
-
-    s: torch.Tensor  # (B, d_s)
-    a: torch.Tensor  # (B, d_a)
-    ds: torch.Tensor  # (B, d_s), δs = s' - s
-    r: torch.Tensor  # (B,)
-    tau: torch.Tensor  # (B, L, 2 d_s + d_a)
-
-    @property
-    def s2(self):
-        return self.s + self.ds
-
-
-class Replay:
-    """Transitions of N contexts that step together. Row t of a context's ring holds its t-th [s, a, δs, r].
-
-    The window of transition t is rows t-K ... t-1 of the same context: past transitions only, whatever episode they
-    come from (the context outlives the episode). Rows not yet written are zeros, as if masked. No terminal flag is
-    kept: there are no terminal states, and a time limit does not end the return.
-    """
-
-    def __init__(self, N, capacity, d_s, d_a, K, L, device=None):
-        self.N, self.capacity, self.d_s, self.d_a, self.K, self.L = N, capacity, d_s, d_a, K, L
-        self.rows = torch.zeros(N, capacity, 2 * d_s + d_a + 1, device=device)
-        self.t = 0  # transitions written so far, per context
-
-    def add(self, s, a, r, s2):
-        """One transition of every context: s, s2 (N, d_s), a (N, d_a), r (N,)."""
-        self.rows[:, self.t % self.capacity] = torch.cat([s, a, s2 - s, r.unsqueeze(-1)], -1)
-        self.t += 1
-
-    def state_dict(self):
-        """The filled part of the rings and the count."""
-        return {"rows": self.rows[:, : min(self.t, self.capacity)].clone(), "t": self.t}
-
-    def load_state_dict(self, state):
-        self.t = state["t"]
-        self.rows[:, : min(self.t, self.capacity)] = state["rows"]
-
-    def windows(self, n, t, train):
-        """The windows before transitions t (B,) of contexts n (B,), subsampled: (B, L, 2 d_s + d_a)."""
-        i = subsample(len(t), self.K, self.L, train, self.rows.device)  # (B, L)
-        past = (t.unsqueeze(-1) - self.K + i) % self.capacity
-        return self.rows[n.unsqueeze(-1), past, :-1]
-
-    def latest(self, train):
-        """The windows that end with the last transition of each context: (N, L, 2 d_s + d_a)."""
-        n = torch.arange(self.N, device=self.rows.device)
-        return self.windows(n, torch.full_like(n, self.t), train)
-
-    def sample(self, size):
-        """A Batch of `size // N` transitions of each context, uniform over those whose whole window is stored."""
-        n = torch.arange(self.N, device=self.rows.device).repeat_interleave(size // self.N)
-        oldest = max(0, self.t - self.capacity) + self.K
-        t = torch.randint(oldest, self.t, n.shape, device=self.rows.device)
-        s, a, ds, r = self.rows[n, t % self.capacity].split([self.d_s, self.d_a, self.d_s, 1], -1)
-        return Batch(s, a, ds, r.squeeze(-1), self.windows(n, t, train=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Losses. Each returns a scalar and, where something else needs it, one more value.
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def dynamics_loss(f, omega, batch):
-    """Eq. 1: ‖δŝ - δs‖², mean over samples and dimensions. The only loss that reaches φ and η, through ω."""
-    s, a, ds = batch.s, batch.a, batch.ds
-    return F.mse_loss(f(s, a, omega), ds)
-
-
-def critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma):
-    """SAC's Bellman error, summed over the two critics; the target carries the same ω, of the window before s."""
-    s, a, r, s2 = batch.s, batch.a, batch.r, batch.s2
-    omega = omega.detach()  # Eq. 2
-    with torch.no_grad():
-        a2, logp_a2 = pi.sample(s2, omega)
-        v2 = Q_target(s2, a2, omega).amin(1) - alpha * logp_a2  # (B,)
-        backup = r + gamma * v2  # always bootstraps: a time limit is no terminal state
-    q = Q(s, a, omega)  # (B, 2)
-    assert backup.shape == q.shape[:1], (backup.shape, q.shape)
-    return (q - backup.unsqueeze(-1)).square().mean(0).sum()
-
-
-def actor_loss(pi, Q, alpha, omega, batch):
-    """SAC's policy loss, and the log-probabilities (B,) of the actions it drew."""
-    s = batch.s
-    omega = omega.detach()  # Eq. 2
-    a, logp = pi.sample(s, omega)
-    q = Q(s, a, omega).amin(1)  # (B,)
-    return (alpha * logp - q).mean(), logp.detach()
-
-
-def temperature_loss(log_alpha, logp, target_entropy):
-    """Raises α while the policy's entropy is below its target."""
-    return -(log_alpha.exp() * (logp + target_entropy)).mean()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The agent and its update (Algorithm 2)
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def minimise(optimizer, loss):
-    """One step of `optimizer`. Gradients are computed for its own parameters and no others, which saves the critics'
-    in the policy's step. An RL loss would reach η only without its detach and with η in its optimizer."""
-    optimizer.zero_grad()
-    loss.backward(inputs=optimizer.param_groups[0]["params"])
-    optimizer.step()
-
-
-class Agent:
-    """The networks, their optimizers, and one method a line of Algorithm 2."""
-
-    def __init__(self, cfg, d_s, d_a):
-        self.cfg, self.target_entropy = cfg, -float(d_a)
-        to = cfg.device
-        self.g = ContextEncoder(d_s, d_a, cfg.d_z, cfg.encoder_hidden, cfg.simnorm_group, cfg.mask).to(to)  # φ
-        self.h = Hypernetwork(cfg.d_z, cfg.hyper_hidden, cfg.hidden, cfg.bottleneck).to(to)  # η
-        self.f = DynamicsModel(d_s, d_a, cfg.hidden).to(to)  # θ
-        self.pi = Actor(d_s, d_a, cfg.hidden, cfg.log_std_min, cfg.log_std_max).to(to)  # ξ
-        self.Q = Critics(d_s, d_a, cfg.hidden).to(to)  # ζ
-        self.Q_target = copy.deepcopy(self.Q).requires_grad_(False)
-        self.log_alpha = torch.zeros((), device=to, requires_grad=True)
-
-        def adam(lr, *parameters):
-            return torch.optim.Adam(parameters, lr=lr, fused=True)
-
-        self.dynamics_opt = adam(cfg.dynamics_lr, *self.g.parameters(), *self.h.parameters(), *self.f.parameters())
-        self.critic_opt = adam(cfg.critic_lr, *self.Q.parameters())
-        self.actor_opt = adam(cfg.actor_lr, *self.pi.parameters())
-        self.alpha_opt = adam(cfg.alpha_lr, self.log_alpha)
-
-    @property
-    def alpha(self):
-        return self.log_alpha.detach().exp()
-
-    @torch.no_grad()
-    def act(self, s, tau, train):
-        """Actions (N, d_a) for s (N, d_s) and windows tau: sampled, with masking, if `train`; else the mean action."""
-        omega = self.h(self.g(tau, train))
-        return self.pi.sample(s, omega)[0] if train else self.pi.mean(s, omega)
-
-    def update(self, batch, step):
-        """One gradient step: Eq. 1 on φ, η, θ, then SAC on ζ and ξ with the same ω, a constant there.
-
-        That ω, from before the dynamics step and with one draw of masks, serves critics and policy. Returns the losses
-        and α as 0-d tensors; no actor_loss on the steps that leave the policy alone.
-        """
-        losses = {}
-        losses["dynamics_loss"], omega = self.dynamics_step(batch)
-        losses["critic_loss"] = self.critic_step(batch, omega)
-        if step % self.cfg.actor_every == 0:
-            losses["actor_loss"] = self.actor_step(batch, omega)
-        self.target_step()
-        return losses | {"alpha": self.alpha}
-
-    def dynamics_step(self, batch):
-        """(φ, η, θ) <- (φ, η, θ) - α₃ ∇L. Returns the loss and the ω it used, detached."""
-        omega = self.h(self.g(batch.tau, train=True))
-        loss = dynamics_loss(self.f, omega, batch)
-        minimise(self.dynamics_opt, loss)
-        return loss.detach(), omega.detach()
-
-    def critic_step(self, batch, omega):
-        """ζ <- ζ - α₂ ∇L."""
-        loss = critic_loss(self.pi, self.Q, self.Q_target, self.alpha, omega, batch, self.cfg.gamma)
-        minimise(self.critic_opt, loss)
-        return loss.detach()
-
-    def actor_step(self, batch, omega):
-        """ξ <- ξ - α₁ ∇L and the temperature, `actor_every` times: on average once a gradient step."""
-        for _ in range(self.cfg.actor_every):
-            loss, logp = actor_loss(self.pi, self.Q, self.alpha, omega, batch)
-            minimise(self.actor_opt, loss)
-            minimise(self.alpha_opt, temperature_loss(self.log_alpha, logp, self.target_entropy))
-        return loss.detach()
-
-    @torch.no_grad()
-    def target_step(self):
-        """Moves the target critics by τ towards the critics."""
-        torch._foreach_lerp_(list(self.Q_target.parameters()), list(self.Q.parameters()), self.cfg.tau)
-
-    NETWORKS = ("g", "h", "f", "pi", "Q", "Q_target")
-    OPTIMIZERS = ("dynamics_opt", "critic_opt", "actor_opt", "alpha_opt")
-
-    def state_dict(self):
-        """The networks and the temperature: what acting and evaluating need."""
-        state = {name: getattr(self, name).state_dict() for name in self.NETWORKS}
-        return state | {"log_alpha": self.log_alpha.detach()}
-
-    def load_state_dict(self, state):
-        for name in self.NETWORKS:
-            getattr(self, name).load_state_dict(state[name])
-        with torch.no_grad():
-            self.log_alpha.copy_(state["log_alpha"])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Acting, and zero-shot evaluation
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Rollout:
-    """Acts in all contexts at once and writes the replay, whose last K transitions are the window to act on.
-
-    train=True collects: the encoder masks and subsamples at random, actions are sampled. train=False evaluates.
-    """
-
-    def __init__(self, agent, envs, replay, train):
-        self.agent, self.envs, self.replay, self.train = agent, envs, replay, train
-        self.done = True
-
-    def collect(self, random=False):
-        """One step of an endless sequence of episodes."""
-        if self.done:
-            self.begin_episode(random)
-        self.step(random)
-
-    def begin_episode(self, random=False, stop=()):
-        """Warm-up: K steps fill the window with the current policy's transitions; then a reset. The window stays."""
-        self.reset()
-        for _ in range(self.replay.K):
-            if stop:
-                return
-            self.step(random)
-        self.reset()
-        self.done = False
-
-    def reset(self):
-        s = self.envs.reset()
-        require_finite({"observation": s})
-        self.s = self.tensor(s)
-
-    def step(self, random=False):
-        """One step in every context; random: uniform actions. Sets `done` at the horizon. Returns rewards (N,)."""
-        if random:
-            a = 2 * torch.rand(len(self.s), self.envs.d_a, device=self.s.device) - 1
-        else:
-            a = self.agent.act(self.s, self.replay.latest(self.train), self.train)
-            require_finite({"action": a})
-        s2, r, self.done = self.envs.step(a.cpu().numpy())
-        require_finite({"observation": s2, "reward": r})
-        s2 = self.tensor(s2)
-        self.replay.add(self.s, a, self.tensor(r), s2)
-        self.s = s2
-        return r
-
-    def tensor(self, array):
-        return torch.from_numpy(array).to(self.replay.rows.device)
-
-    def state_dict(self):
-        s = None if self.done else self.s
-        return {"replay": self.replay.state_dict(), "envs": self.envs.state_dict(), "done": self.done, "s": s}
-
-    def load_state_dict(self, state):
-        self.replay.load_state_dict(state["replay"])
-        self.envs.load_state_dict(state["envs"])
-        self.done, self.s = state["done"], state["s"]
-
-
-def require_finite(values):
-    """FloatingPointError names the first of the tensors or arrays that holds a nan or an infinity."""
-    for name, value in values.items():
-        if not torch.isfinite(torch.as_tensor(value)).all():
-            raise FloatingPointError(f"{name} is not finite")
-
+# ---- A run ----------------------------------------------------------------------------------------------------
 
 SETS = ("train", "eval_in", "eval_out")
-
-
-def new_rollout(cfg, agent, envs, capacity, train):
-    replay = Replay(envs.N, capacity, envs.d_s, envs.d_a, cfg.K, cfg.L, cfg.device)
-    return Rollout(agent, envs, replay, train)
-
-
-def evaluate(agent, cfg, rollouts, stop=()):
-    """Zero-shot returns on the three context sets, mean over `rollouts` episodes each: (3, contexts), in SETS' order.
-    None if `stop` came to hold something in the meantime.
-
-    Draws nothing from torch's generator, and the same initial states every time: evaluating changes no training run.
-    """
-    sets = aib_envs.context_sets(cfg.env, cfg.contexts)
-    contexts = [context for name in SETS for context in sets[name] for _ in range(rollouts)]
-    envs = aib_envs.VectorEnv(cfg.env, contexts, seed=[cfg.seed, 1])
-    rollout = new_rollout(cfg, agent, envs, capacity=cfg.K, train=False)
-    rollout.begin_episode(stop=stop)
-    returns = np.zeros(len(contexts))
-    while not (stop or rollout.done):
-        returns += rollout.step()
-    return None if stop else returns.reshape(len(SETS), cfg.contexts, rollouts).mean(-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def set_up(cfg):
-    """Threads and seed, and the agent."""
-    torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)
-    task = aib_envs.lookup(cfg.env).cls
-    return Agent(cfg, task.d_s, task.d_a)
-
-
-def start(cfg):
-    """The agent, and the rollout that collects."""
-    agent = set_up(cfg)
-    envs = aib_envs.VectorEnv(cfg.env, aib_envs.context_sets(cfg.env, cfg.contexts)["train"], seed=[cfg.seed, 0])
-    return agent, new_rollout(cfg, agent, envs, cfg.buffer, train=True)
-
-
 LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
+FILES = ("config.json", "metrics.csv", "per_context.csv", "policy.pt", "checkpoint.pt")
+ACTING = ("g", "h", "pi")  # the networks in policy.pt
 
 
 class Run:
-    """A run and everything that it must remember to go on as if it had never stopped."""
+    """A run, and all that it must remember to go on as if it had never stopped. `Run.start` makes one in a new folder,
+    `Run.resume` goes on with one, `train` trains it; what is wrong from outside becomes a BadInput in all three."""
 
     def __init__(self, cfg, folder):
-        self.cfg, self.folder, self.lock = cfg, folder, None
-        self.agent, self.rollout = start(cfg)
-        self.step, self.evaluated = 0, 0  # gradient steps done; and done at the last evaluation
-        self.losses = {name: [] for name in LOSSES}  # since then
-        self.seconds, self.step_seconds = 0.0, 0.0  # in all; and since then, evaluation left out
+        torch.set_num_threads(cfg.threads)
+        torch.manual_seed(cfg.seed)
+        self.cfg, self.folder, self.version = cfg, Path(folder), code_version()
+        self.sets = aib_envs.context_sets(cfg.env, cfg.contexts)
+        self.agent = new_agent(cfg)
+        envs = aib_envs.VectorEnv(cfg.env, self.sets["train"], seed=[cfg.seed, 0])
+        self.rollout = Rollout(self.agent, envs, noisy=True, capacity=cfg.buffer)
+        self.step, self.history = 0, []  # gradient steps done; what `evaluate` returned
+        self.losses = {name: [] for name in LOSSES}  # since the last evaluation
+        self.seconds, self.step_seconds = 0.0, 0.0  # in all; and of gradient steps since the last evaluation
+
+    @classmethod
+    def start(cls, cfg):
+        """A run in a new folder."""
+        run, folder = cls(cfg, cfg.folder), cfg.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with lock(folder) as held:
+                if there := [name for name in FILES if (folder / name).exists()]:
+                    other = f"choose another --seed or --out, or go on with --resume {folder}"
+                    raise BadInput(f"{folder} already holds a run ({', '.join(there)}); {other}")
+                run.save()
+                run.lock = held.pop_all()
+        except OSError as error:
+            raise BadInput(f"--out {cfg.out}: cannot write {folder} ({error.strerror})") from None
+        work = f"{cfg.random_steps:,} random steps, then {cfg.steps:,} gradient steps"
+        print(f"{folder}: {work}; threads: {cfg.threads}", flush=True)
+        return run
+
+    @classmethod
+    def resume(cls, folder, steps=None):
+        """The run in `folder` as its checkpoint left it, with more `steps` if given."""
+        path = Path(folder) / "checkpoint.pt"
+        if not path.is_file():
+            raise BadInput(f"--resume {folder}: no run folder (it has no {path.name})")
+        with lock(path.parent) as held:
+            with reading(path, "--resume"):
+                state = load(path)
+                cfg = Config(**state["settings"])
+                more = cfg.steps if steps is None else number("--steps", steps, int, f"[{cfg.steps}, 1e9]")
+                run = cls(replace(cfg, steps=more), folder)
+                run.load_state_dict(state)
+            if newer := [step for step in steps_in(run.folder / "metrics.csv") if step > run.evaluated]:
+                print(f"{folder}: rows after this checkpoint, to be made again: {', '.join(map(str, newer))}")
+            run.write_tables()
+            run.lock = held.pop_all()
+        print(f"{folder}: going on from step {run.step:,} of {more:,}; threads: {cfg.threads}", flush=True)
+        return run
 
     @property
-    def evaluation_due(self):
-        return self.step > self.evaluated and (self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps)
+    def evaluated(self):
+        """The step of the last evaluation, 0 before the first."""
+        return self.history[-1]["metrics"]["step"] if self.history else 0
+
+    def train(self):
+        """Trains to the evaluation after `cfg.steps`, or until SIGINT or SIGTERM, and saves. BadInput if a file cannot be
+        written, FloatingPointError if a number is not finite: what was written before stays as it is."""
+        cfg, began = self.cfg, time.perf_counter() - self.seconds
+        with self.lock, catch_signals() as stop, progress_bar(self.step, cfg.steps) as bar:
+            try:
+                for _ in range(cfg.random_steps if self.step == 0 else 0):
+                    self.rollout.collect(random=True)
+                    if stop:
+                        break
+                while not stop and self.evaluated < cfg.steps:
+                    due = self.step % cfg.eval_every == 0 or self.step == cfg.steps
+                    if self.step == self.evaluated or not due:
+                        self.gradient_step()
+                        bar.update()
+                        continue
+                    with contextlib.suppress(Stopped):
+                        evaluation = self.evaluate(began, stop)
+                        self.history.append(evaluation)
+                        self.losses, self.step_seconds = {name: [] for name in LOSSES}, 0.0
+                        self.save()
+                        bar.write(summary(evaluation["metrics"], cfg.steps))
+                        sys.stdout.flush()
+                self.seconds = time.perf_counter() - began
+                if self.step > self.evaluated:  # else it is saved; random steps are made again rather than kept
+                    self.save()
+            except OSError as error:
+                left = f"its earlier files are intact; to go on: python dmash.py --resume {self.folder}"
+                what = f"cannot write {error.filename or 'output'} ({error.strerror}); the run stops"
+                left = left if self.folder.exists() else "its folder is gone"
+                raise BadInput(f"step {self.step:,}: {what}, {left}") from None
+            except FloatingPointError as error:
+                left = f"the last checkpoint in {self.folder} is untouched"
+                raise FloatingPointError(f"step {self.step:,}: {error}; the run stops, {left}") from None
+            drawn = bool(self.history) and plot(self)
+            if self.evaluated < cfg.steps:
+                print(f"stopped at step {self.step:,}; to go on: python dmash.py --resume {self.folder}")
+            else:
+                print(f"{self.folder}: {', '.join(FILES)}{', curve.png' * drawn}")
 
     def gradient_step(self):
         """One step of all contexts and one update of the networks."""
@@ -697,147 +826,123 @@ class Run:
             self.losses[name].append(value)
         self.step_seconds += time.perf_counter() - begin
 
-    def record(self, returns):
-        """Writes the rows of an evaluation, returns (3, contexts), and a checkpoint. Returns the row of metrics.csv."""
-        self.require_finite_weights()
-        row = {"step": self.step, "env_steps": self.rollout.replay.t * self.rollout.replay.N, "seconds": self.seconds}
-        row["steps_per_second"] = len(self.losses["dynamics_loss"]) / self.step_seconds
+    def evaluate(self, began, stop=()):
+        """The row of metrics.csv and the rows of per_context.csv of an evaluation on the three sets."""
+        cfg, n = self.cfg, self.cfg.contexts
+        rollouts = cfg.rollouts if self.step == cfg.steps else cfg.eval_rollouts
+        where = [(name, i, context) for name in SETS for i, context in enumerate(self.sets[name])]
+        returns, diverged = evaluate(self.agent, cfg, [context for *_, context in where], rollouts, stop=stop)
+        self.seconds = time.perf_counter() - began
+        row = {"step": self.step, "env_steps": self.rollout.replay.t * n, "seconds": self.seconds}
+        row["steps_per_second"] = len(self.losses["critic_loss"]) / self.step_seconds
         row |= {name: torch.stack(v).mean().item() if v else math.nan for name, v in self.losses.items()}
-        row |= {name: set_returns.mean() for name, set_returns in zip(SETS, returns)}
-        self.evaluated, self.losses, self.step_seconds = self.step, {name: [] for name in LOSSES}, 0.0
-        append(self.folder / "metrics.csv", [row])
-        append(self.folder / "per_context.csv", per_context_rows(self.cfg, self.step, returns))
-        self.save()
-        return row
+        row |= dict(zip(SETS, returns.reshape(len(SETS), -1).mean(-1).tolist()))
+        row |= {f"diverged_{name}": int(x) for name, x in zip(SETS, diverged.reshape(len(SETS), -1).sum(-1))}
+        results = zip(where, returns.mean(-1).tolist(), diverged.sum(-1).tolist())
+        contexts = [
+            {"step": self.step, "set": name, "index": i, **context, "return": mean, "diverged": bad}
+            for (name, i, context), mean, bad in results
+        ]
+        return {"metrics": row, "contexts": contexts}
 
-    def require_finite_weights(self):
-        for network in self.agent.NETWORKS:
-            state = getattr(self.agent, network).state_dict()
-            require_finite({f"weight {network}.{name}": value for name, value in state.items()})
+    def save(self):
+        """All files, but none if a weight is not finite. The tables come last: they follow from the checkpoint."""
+        for name, network in self.agent.networks().items():
+            require_finite({f"weight {name}.{key}": value for key, value in network.state_dict().items()})
+        state = self.state_dict()
+        policy = {name: state[name] for name in ("settings", "version", "step")}
+        policy["networks"] = {name: weights for name, weights in state["networks"].items() if name in ACTING}
+        replace_file(self.folder / "policy.pt", lambda file: torch.save(policy, file))
+        replace_file(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        self.write_tables()
+
+    def write_tables(self):
+        """config.json, and both tables from the history."""
+        packages = {package.__name__: package.__version__ for package in (torch, np, mujoco, gymnasium)}
+        config = asdict(self.cfg) | {"version": self.version} | {name: str(v) for name, v in packages.items()}
+        text = {"config.json": json.dumps(config, indent=2) + "\n"}
+        if self.history:
+            text["metrics.csv"] = csv_text([evaluation["metrics"] for evaluation in self.history])
+            text["per_context.csv"] = csv_text([row for evaluation in self.history for row in evaluation["contexts"]])
+        for name, content in text.items():
+            replace_file(self.folder / name, lambda file, content=content: file.write(content.encode()))
 
     def state_dict(self):
         """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
-        generators = [torch.get_rng_state()]
-        if self.cfg.device != "cpu":
-            generators.append(torch.cuda.get_rng_state(self.cfg.device))
         return {
-            "config": asdict(self.cfg),
-            **{name: getattr(self, name) for name in self.COUNTERS},
+            "settings": asdict(self.cfg),
+            "version": self.version,
+            "step": self.step,
+            "history": self.history,
             "losses": {name: torch.tensor(values) for name, values in self.losses.items()},
-            "agent": self.agent.state_dict(),
-            "optimizers": {name: getattr(self.agent, name).state_dict() for name in self.agent.OPTIMIZERS},
+            "seconds": [self.seconds, self.step_seconds],
+            "networks": {name: network.state_dict() for name, network in self.agent.networks().items()},
+            "log_alpha": self.agent.log_alpha.detach(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers().items()},
             "rollout": self.rollout.state_dict(),
-            "generators": generators,
+            "generators": [torch.get_rng_state()] + torch.cuda.get_rng_state_all() * (self.cfg.device != "cpu"),
         }
 
-    COUNTERS = ("step", "evaluated", "seconds", "step_seconds")
-
     def load_state_dict(self, state):
-        for name in self.COUNTERS:
-            setattr(self, name, state[name])
-        self.losses = {name: list(values.unbind()) for name, values in state["losses"].items()}
-        self.agent.load_state_dict(state["agent"])
-        for name in self.agent.OPTIMIZERS:
-            getattr(self.agent, name).load_state_dict(state["optimizers"][name])
+        """Takes over a checkpoint; an exception if it is not one of such a run."""
+        self.step, self.history = state["step"], state["history"]
+        if not (type(self.step) is int and 0 <= self.evaluated <= self.step <= self.cfg.steps):
+            raise ValueError(f"step {self.step!r}, evaluated at {self.evaluated!r}, of {self.cfg.steps}")
+        self.losses = {name: list(state["losses"][name].unbind()) for name in LOSSES}
+        self.seconds, self.step_seconds = state["seconds"]
+        for name, network in self.agent.networks().items():
+            network.load_state_dict(state["networks"][name])
+        for name, optimizer in self.agent.optimizers().items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.agent.log_alpha.data.copy_(state["log_alpha"])
         self.rollout.load_state_dict(state["rollout"])
-        torch.set_rng_state(state["generators"][0].cpu())
+        torch.set_rng_state(state["generators"][0])
         if self.cfg.device != "cpu":
-            torch.cuda.set_rng_state(state["generators"][1].cpu(), self.cfg.device)
-
-    def save(self):
-        """policy.pt and checkpoint.pt; the checkpoint before it is kept. Neither if a weight is not finite."""
-        self.require_finite_weights()
-        write_file(self.agent.state_dict() | {"step": self.step}, self.folder / "policy.pt")
-        write_file(self.state_dict(), self.folder / "checkpoint.pt", keep=self.folder / "checkpoint.previous.pt")
+            torch.cuda.set_rng_state_all(state["generators"][1:])
+        if self.version not in state["version"].split(" + "):  # code that changed between two parts of a run shows it
+            self.version = f"{state['version']} + {self.version}"
 
 
-def train(run):
-    """Trains from the start, or from where `run` was restored, to the evaluation after `cfg.steps`, or until SIGINT or
-    SIGTERM; saves in either case. BadInput if a file cannot be written, FloatingPointError if a number is not finite:
-    what was written before stays as it is."""
-    with run.lock, catch_signals() as stop:
-        try:
-            learn(run, stop)
-        except OSError as error:
-            raise BadInput(
-                f"step {run.step:,}: cannot write {error.filename or 'output'} ({error.strerror}); the run stops, "
-                f"its earlier files are intact; to go on: python dmash.py --resume {run.folder}"
-            ) from None
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"step {run.step:,}: {error}; the run stops, the last checkpoint in {run.folder} is untouched"
-            ) from None
-
-
-def learn(run, stop):
-    """Random steps, then gradient steps and evaluations, until all are done or `stop` holds something."""
-    cfg, began = run.cfg, time.perf_counter() - run.seconds
-    for _ in range(cfg.random_steps if run.step == 0 else 0):
-        run.rollout.collect(random=True)
-        if stop:
-            break
-    with progress_bar(run.step, cfg.steps) as bar:
-        while not stop and run.evaluated < cfg.steps:
-            if not run.evaluation_due:
-                run.gradient_step()
-                bar.update()
-                continue
-            returns = evaluate(run.agent, cfg, cfg.rollouts if run.step == cfg.steps else cfg.eval_rollouts, stop)
-            run.seconds = time.perf_counter() - began
-            if returns is not None:
-                row = run.record(returns)
-                bar.write(summary(row, cfg.steps))
-                sys.stdout.flush()
-    run.seconds = time.perf_counter() - began
-    if run.evaluated == cfg.steps:
-        drawn = plot(run.folder)
-        print(f"{run.folder}: metrics.csv, per_context.csv, policy.pt, checkpoint.pt{', curve.png' * drawn}")
-        return
-    if run.step > run.evaluated:  # else it is saved; the random steps alone are made again rather than kept
-        run.save()
-    print(f"stopped at step {run.step:,}; to go on: python dmash.py --resume {run.folder}")
+def require_finite(tensors):
+    """FloatingPointError names the first of the tensors that holds a nan or an infinity."""
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{name} is not finite")
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list that SIGINT and SIGTERM put something into while the block runs. The second of a kind leaves at once."""
+    """A list that SIGINT and SIGTERM put something into while the block runs; the second leaves at once. A signal that
+    the process was started to ignore stays ignored."""
     caught, before = [], {}
 
     def handler(number, frame):
+        if caught:
+            raise KeyboardInterrupt
         caught.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        before = {n: signal.signal(n, handler) for n in numbers}
     try:
         yield caught
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for n, previous in before.items():
+            signal.signal(n, previous)
 
 
 def summary(row, steps):
     """The line printed at an evaluation."""
-    minutes = (steps - row["step"]) / row["steps_per_second"] / 60
     sets = "  ".join(f"{name} {row[name]:.1f}" for name in SETS)
-    return (
-        f"step {row['step']:,}  return: {sets}  dynamics loss {row['dynamics_loss']:.2e}  alpha {row['alpha']:.3f}"
-        f"  {row['steps_per_second']:.1f} steps/s  {minutes:.0f} min left"
-    )
-
-
-def progress_bar(initial, total):
-    """tqdm's bar with rate and time left, where there is a terminal and tqdm; else one that shows nothing."""
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            return tqdm(initial=initial, total=total, unit="step", smoothing=0.05)
-    return NoBar()
+    losses = f"dynamics loss {row['dynamics_loss']:.2e}  alpha {row['alpha']:.3f}"
+    rate, diverged = row["steps_per_second"], sum(row[f"diverged_{name}"] for name in SETS)
+    left = f"{rate:.1f} steps/s  {(steps - row['step']) / rate / 60:.0f} min left"
+    note = f"  {diverged} evaluation episodes diverged" * bool(diverged)
+    return f"step {row['step']:,}  return: {sets}  {losses}  {left}{note}"
 
 
 class NoBar(contextlib.nullcontext):
-    """Stands for the progress bar where there is none."""
+    """Stands for the progress bar where there is no tqdm."""
 
     def __enter__(self):
         return self
@@ -848,114 +953,53 @@ class NoBar(contextlib.nullcontext):
     write = staticmethod(print)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The run folder
-# ---------------------------------------------------------------------------------------------------------------
-
-RESULTS = ("metrics.csv", "per_context.csv", "policy.pt", "checkpoint.pt", "checkpoint.previous.pt")
-
-
-def new_run(cfg):
-    """A Run in a new folder. BadInput if the folder holds a run already or cannot be written."""
-    run, folder = Run(cfg, cfg.folder), cfg.folder
+def progress_bar(done, total):
+    """tqdm's bar with rate and time left, shown on a terminal."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.lock = lock(folder)
-        if (folder / "config.json").exists():
-            there = differences(read_config(folder, "--out"), asdict(cfg))
-            raise BadInput(
-                f"{folder} already holds {f'a run with other settings ({there})' if there else 'this run'}; "
-                f"choose another --seed or --out, or go on with --resume {folder} (where --steps may be raised)"
-            )
-        if left := [name for name in RESULTS if (folder / name).exists()]:
-            raise BadInput(f"{folder} already holds {', '.join(left)}; choose another --seed or --out")
-        replace_file(folder / "config.json", config_text(cfg))
-    except OSError as error:
-        raise BadInput(f"--out {cfg.out}: cannot write {folder} ({error.strerror})") from None
-    print(f"{folder}: {cfg.random_steps:,} random steps, then {cfg.steps:,} gradient steps", flush=True)
-    return run
+        from tqdm import tqdm
+    except ImportError:
+        return NoBar()
+    return tqdm(initial=done, total=total, unit="step", smoothing=0.05, disable=None)
 
 
-def resume_run(folder, steps=None):
-    """The Run in `folder` as its last checkpoint left it, with more `steps` if given; rows that were written after
-    that checkpoint are dropped, to be written again. BadInput names what cannot be read."""
-    folder = Path(folder)
-    cfg = Config(**read_config(folder, "--resume"))
-    if steps is not None and steps < cfg.steps:
-        raise BadInput(f"--steps {steps}: may only be raised on --resume, here from {cfg.steps}")
-    cfg = replace(cfg, steps=steps or cfg.steps)
-    run = Run(cfg, folder)
-    run.lock = lock(folder)
-    checkpoint, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
-    if previous.exists() and not checkpoint.exists():  # killed between the two moves of replace_file
-        checkpoint = previous
-    if checkpoint.exists():
-        spare = checkpoint != previous and previous.exists()
-        hint = f"; if you move it away, --resume goes on from {previous.name}" if spare else ""
-        with reading(checkpoint, "--resume", hint):
-            state = load(checkpoint, cfg.device)
-            there = differences(state["config"], asdict(cfg), but=("steps", "out"))
-            if not there:
-                run.load_state_dict(state)
-        if there:
-            raise BadInput(f"--resume {folder}: {checkpoint.name} is of a run with other settings ({there})")
-    kept = {}
-    for path in (folder / "metrics.csv", folder / "per_context.csv"):
-        if path.exists():
-            with reading(path, "--resume"):
-                header, *lines = path.read_text().splitlines(keepends=True)
-                at = [int(line.split(",")[0]) for line in lines]  # each row's step
-            if not checkpoint.exists() and max(at, default=0) > cfg.eval_every:
-                raise BadInput(f"--resume {folder}: no checkpoint.pt, but {path.name} goes to step {max(at)}")
-            whole_lines = [(line, step) for line, step in zip(lines, at) if line.endswith("\n")]
-            kept[path] = header + "".join(line for line, step in whole_lines if step <= run.evaluated)
-    for path, text in kept.items():
-        replace_file(path, text.encode())
-    if steps:
-        replace_file(folder / "config.json", config_text(cfg))
-    print(f"{folder}: going on from step {run.step:,} of {cfg.steps:,}", flush=True)
-    return run
+# ---- Files ----------------------------------------------------------------------------------------------------
 
 
-def differences(there, here, but=("out",)):
-    """Which settings differ, in words; "" if none do."""
-    names = [name for name in here if name not in but and there.get(name) != here[name]]
-    return ", ".join(f"{flag(name)} {there.get(name)} there and {here[name]} here" for name in names)
+def code_version():
+    """The git commit of this file's folder, -dirty if files were changed since; "unknown" where there is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--tags", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return "unknown"
 
 
 def lock(folder):
-    """An open file that holds the folder for this process until it is closed, or the process ends, however it ends.
-    BadInput if another process holds it."""
-    file = open(folder / "lock", "w")
-    try:
-        if os.name == "nt":
-            import msvcrt
+    """Holds the folder for this process until the ExitStack that it returns is closed, or the process ends, however it
+    ends. BadInput if another process holds it. Where a folder cannot be locked (Windows, some network disks) none is."""
+    held = contextlib.ExitStack()
+    with contextlib.suppress(ImportError):
+        import fcntl
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # what a lock held elsewhere raises, here and on Windows
-        raise BadInput(f"{folder} is in use by another process") from None
-    return file
-
-
-def config_text(cfg):
-    return (json.dumps({"method": METHOD} | asdict(cfg), indent=2) + "\n").encode()
+        handle = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.close()
+            raise BadInput(f"{folder} is in use by another process") from None
+        except OSError:
+            pass
+    return held
 
 
-def replace_file(path, data, keep=None):
-    """Writes bytes beside `path`, has them reach the disk, moves what was at `path` to `keep` and them to `path`.
-    OSError names `path`."""
+def replace_file(path, write):
+    """Has `write` fill a file beside `path`, has that reach the disk, and moves it to `path`. OSError names `path`."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -963,258 +1007,117 @@ def replace_file(path, data, keep=None):
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def write_file(state, path, keep=None):
-    """torch.save by `replace_file`."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    replace_file(path, buffer.getbuffer(), keep)
-
-
-def load(path, device):
-    """What write_file wrote, read without running any code in it."""
+def load(path):
+    """What torch.save wrote, onto the CPU, without running any code in it."""
     with zipfile.ZipFile(path) as archive:  # torch.load does not look at the check sums that torch.save wrote
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location=device, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager
-def reading(path, option, hint=""):
+def reading(path, option):
     """Whatever a damaged or foreign file makes its reader raise becomes a BadInput that names the file."""
     try:
         yield
     except Exception as error:
-        raise BadInput(f"{option} {path.parent}: {path.name} cannot be read ({one_line(error)}){hint}") from None
+        if isinstance(error, BadInput) and str(error).startswith(("--steps", "not enough")):
+            raise
+        raise BadInput(f"{option} {path.parent}: {path.name} cannot be read ({one_line(error)})") from None
 
 
 def one_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def read_config(folder, option):
-    """The settings of a run folder. BadInput if there are none, or not such ones."""
-    path = folder / "config.json"
+def load_policy(path, device="cpu"):
+    """The Config and the trained Agent of a run folder or a policy file; agent.step and agent.version say of when and by
+    what code. BadInput names what cannot be read. Leaves torch's generator alone."""
+    path = Path(path)
+    path = path / "policy.pt" if path.is_dir() else path
     if not path.is_file():
-        raise BadInput(f"{option} {folder}: no run folder (it has no {path.name})")
-    with reading(path, option):
-        settings = json.loads(path.read_text())
-        if settings.pop("method") != METHOD or set(settings) != {f.name for f in fields(Config)}:
-            raise ValueError("its settings are not those of this program")
-        return settings
-
-
-def per_context_rows(cfg, step, returns):
-    """One dict a context, from returns (3, contexts)."""
-    sets = aib_envs.context_sets(cfg.env, cfg.contexts)
-    return [
-        {"step": step, "set": name, "index": i, **context, "return": set_returns[i]}
-        for name, set_returns in zip(SETS, returns)
-        for i, context in enumerate(sets[name])
-    ]
-
-
-def append(path, rows):
-    """Appends dicts to a CSV file, with a header if it is new; floats to 6 digits. All of them, or OSError."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    if not path.exists():
-        writer.writerow(rows[0])
-    writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
-    replace_file(path, (path.read_bytes() if path.exists() else b"") + text.getvalue().encode())
-
-
-def load_run(folder, **changes):
-    """The Config and the trained Agent of a run folder, some settings changed. BadInput names what cannot be read."""
-    folder = Path(folder)
-    cfg = Config(**(read_config(folder, "--eval") | changes))
-    path = folder / "policy.pt"
-    if not path.is_file():
-        raise BadInput(f"--eval {folder}: no {path.name}; it is written with each checkpoint")
-    agent = set_up(cfg)
-    with reading(path, "--eval"):
-        agent.load_state_dict(load(path, cfg.device))
+        raise BadInput(f"--eval {path}: no such file; allowed: a run folder with a policy.pt, or such a file")
+    with reading(path, "--eval"), torch.random.fork_rng(devices=[]):
+        state = load(path)
+        cfg = Config(**state["settings"] | {"device": device})
+        agent = new_agent(cfg)
+        for name, weights in state["networks"].items():
+            agent.networks()[name].load_state_dict(weights)
+        agent.step, agent.version = int(state["step"]), str(state["version"])
     return cfg, agent
 
 
-def read_csv(path):
-    """The rows of a CSV file as dicts, numbers as floats."""
-
-    def number(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-    with open(path, newline="") as file:
-        return [{name: number(value) for name, value in row.items()} for row in csv.DictReader(file)]
+def csv_text(rows):
+    """Dicts of the same keys as the text of a CSV file; floats to 6 digits."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+    return text.getvalue()
 
 
-def plot(folder):
-    """Draws curve.png: returns over steps by set and by binary context, and the last returns against each context
-    value (triangles: inverted or swapped). Returns whether it could: False without matplotlib."""
+def steps_in(path):
+    """The steps of a table's rows, as far as they can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return [int(line.split(",")[0]) for line in path.read_text().splitlines()[1:]]
+    return []
+
+
+def plot(run):
+    """Draws curve.png and returns whether it could: a picture never costs a run its end."""
     try:
         from matplotlib.figure import Figure
+
+        picture = io.BytesIO()
+        draw(Figure, run).savefig(picture, dpi=110)
+        replace_file(run.folder / "curve.png", lambda file: file.write(picture.getbuffer()))
+        return True
     except ImportError:
         return False
-    metrics, contexts = read_csv(folder / "metrics.csv"), read_csv(folder / "per_context.csv")
-    spec = aib_envs.lookup(json.loads((folder / "config.json").read_text())["env"])
-    binary = [dim for dim in spec.context if dim.binary]
-    colours = dict(zip(SETS, ("tab:blue", "tab:green", "tab:red")))
-    panels = 1 + len(binary) + len(spec.context)
+    except Exception as error:
+        print(f"curve.png is not drawn ({one_line(error)})")
+        return False
+
+
+def draw(Figure, run):
+    """Returns over steps by set, and by binary context; the last returns against each context value (triangles: inverted
+    or swapped), or, with more than two dimensions, against the distance from the centre of the train range."""
+    dims, colours = aib_envs.ENVS[run.cfg.env].context, dict(zip(SETS, ("tab:blue", "tab:green", "tab:red")))
+    binary = [dim for dim in dims if dim.binary]
+    places = [(dim.name, lambda row, dim=dim: row[dim.name], dim.train) for dim in dims]
+    if len(dims) > 2:
+        places = [("distance from the centre", lambda row: max(dim.distance(row[dim.name]) for dim in dims), (0, 1))]
+    panels = 1 + len(binary) + len(places)
     figure = Figure(figsize=(3.6 * panels, 3.2), layout="constrained")
-    axes = iter(np.atleast_1d(figure.subplots(1, panels, sharey=True)))
-    steps = [row["step"] for row in metrics]
+    axes = np.atleast_1d(figure.subplots(1, panels, sharey=True))
 
-    ax = next(axes)
+    def curve(ax, name, of=lambda row: True, line=".-", label=None):
+        """The mean return in a set, over those of its contexts that `of` picks."""
+        means = [np.mean([r["return"] for r in e["contexts"] if r["set"] == name and of(r)]) for e in run.history]
+        ax.plot([e["metrics"]["step"] for e in run.history], means, line, color=colours[name], label=label)
+
     for name in SETS:
-        ax.plot(steps, [row[name] for row in metrics], ".-", color=colours[name], label=name)
-    ax.set(xlabel="gradient steps", ylabel="average episodic return", title=folder.resolve().name)
-    for dim in binary:
-        ax = next(axes)
-        for value, name in itertools.product(dim.train, SETS):
-            rows = [c for c in contexts if c["set"] == name and c[dim.name] == value]
-            returns = [[c["return"] for c in rows if c["step"] == step] for step in steps]
-            line = ".-" if value == dim.default else ".--"
-            label = f"{dim.name} = {value:g}" if name == "train" else None
-            ax.plot(steps, [np.mean(r) if r else np.nan for r in returns], line, color=colours[name], label=label)
-        ax.set(xlabel="gradient steps", title=f"by {dim.name}")
-    for dim in spec.context:
-        ax = next(axes)
-        for c in contexts:
-            if c["step"] == steps[-1]:
-                changed = any(c[other.name] != other.default for other in binary)
-                ax.plot(c[dim.name], c["return"], "v" if changed else "o", color=colours[c["set"]], alpha=0.7)
-        if not dim.binary:
-            ax.axvspan(*dim.train, color="0.92", zorder=0)  # the train range
-        ax.set(xlabel=dim.name, title="last evaluation")
-    for ax in figure.axes[: 1 + len(binary)]:
+        curve(axes[0], name, label=name)
+        for ax, dim in zip(axes[1:], binary):
+            for value, line in zip(dim.train, (".--", ".-") if dim.default == dim.train[1] else (".-", ".--")):
+                label = f"{dim.name} = {value:g}" if name == "train" else None
+                curve(ax, name, lambda row: row[dim.name] == value, line, label)
+    axes[0].set_title(run.folder.resolve().name, parse_math=False)
+    axes[0].set_ylabel("average episodic return")
+    for ax in axes[: 1 + len(binary)]:
+        ax.set_xlabel("gradient steps")
         ax.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    replace_file(folder / "curve.png", picture.getbuffer())
-    return True
+    for ax, (name, place, ends) in zip(axes[1 + len(binary) :], places):
+        for row in run.history[-1]["contexts"]:
+            marker = "v" if any(row[dim.name] != dim.default for dim in binary) else "o"
+            ax.plot(place(row), row["return"], marker, color=colours[row["set"]], alpha=0.7)
+        if name not in [dim.name for dim in binary]:
+            ax.axvspan(*ends, color="0.92", zorder=0)  # the train range
+        ax.set(xlabel=name, title="last evaluation")
+    return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Benchmark
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def benchmark(cfg):
-    """Times the phases of a gradient step over one episode with its warm-up, evaluation left out; prints a table."""
-    agent, rollout = start(cfg)
-    for _ in range(cfg.K):
-        rollout.collect(random=True)  # so that batches can be drawn
-    phases = dict.fromkeys(("acting", "environments", "batch", "dynamics", "critic", "actor", "targets"), 0.0)
-
-    def timed(phase, function):
-        def call(*args, **kwargs):
-            begin = time.perf_counter()
-            result = function(*args, **kwargs)
-            if cfg.device != "cpu":
-                torch.cuda.synchronize(cfg.device)
-            phases[phase] += time.perf_counter() - begin
-            return result
-
-        return call
-
-    agent.act = timed("acting", agent.act)
-    rollout.replay.latest = timed("acting", rollout.replay.latest)
-    rollout.envs.step = timed("environments", rollout.envs.step)
-    rollout.replay.sample = timed("batch", rollout.replay.sample)
-    for phase, name in (
-        ("dynamics", "dynamics_step"),
-        ("critic", "critic_step"),
-        ("actor", "actor_step"),
-        ("targets", "target_step"),
-    ):
-        setattr(agent, name, timed(phase, getattr(agent, name)))
-
-    def run(steps):
-        for step in range(1, steps + 1):
-            rollout.collect()
-            agent.update(rollout.replay.sample(cfg.batch), step)
-
-    run(20)  # the first steps allocate
-    steps = aib_envs.lookup(cfg.env).horizon
-    phases.update(dict.fromkeys(phases, 0.0))
-    begin = time.perf_counter()
-    run(steps)
-    seconds = time.perf_counter() - begin
-    spent = phases | {"rest": seconds - sum(phases.values())}  # a copy: counting operations below runs updates
-    update = sum(spent[phase] for phase in ("dynamics", "critic", "actor", "targets")) / steps
-    flop, rate = update_flop(agent, rollout), matmul_rate(cfg.device)
-    print(f"{cfg.env}: K = {cfg.K}, {cfg.contexts} contexts, {cfg.threads} threads on {cfg.device}, {steps} steps")
-    print(f"gradient steps/s   {steps / seconds:8.1f}")
-    for phase, phase_seconds in spent.items():
-        print(f"  {phase:<14} {phase_seconds / steps * 1e3:9.2f} ms")
-    vector, bare = vector_step_times(cfg.env, cfg.contexts)
-    against = f", {vector / bare:.2f} times the bare mj_step calls in it" if bare else ""
-    print(f"vector step        {vector:8.3f} ms for {cfg.contexts} contexts{against}")
-    print(f"peak memory        {peak_memory():8.0f} MB")
-    print(f"update             {update * 1e3:8.2f} ms for {flop / 1e9:.2f} GFLOP")
-    print(f"matrix multiply    {rate / 1e9:8.0f} GFLOP/s: the same operations in {flop / rate * 1e3:.2f} ms")
-    print(f"ratio              {update * rate / flop:8.1f}")
-
-
-def vector_step_times(env, contexts, steps=300):
-    """Milliseconds of one step of all contexts, and of the mj_step calls alone that it must make (None without
-    MuJoCo). Both from the same starts and with the same actions, taking turns; the medians."""
-    envs = aib_envs.VectorEnv(env, aib_envs.context_sets(env, contexts)["train"], seed=0)
-    envs.reset()
-    twin = aib_envs.lookup(env).cls(envs.task.contexts)
-    twin.set_state(envs.task.state())
-    has_models, times = isinstance(twin, aib_envs.MujocoTask), ([], [])
-    for actions in np.random.default_rng(0).uniform(-1, 1, (steps, contexts, envs.d_a)):
-        begin = time.perf_counter()
-        envs.step(actions)
-        middle = time.perf_counter()
-        if has_models:
-            for (model, data), action in zip(twin.pairs, actions):
-                data.ctrl = action
-                mujoco.mj_step(model, data, twin.SUBSTEPS)
-        times[0].append(middle - begin)
-        times[1].append(time.perf_counter() - middle)
-    vector, bare = (1e3 * float(np.median(series)) for series in times)
-    return vector, bare if has_models else None
-
-
-def update_flop(agent, rollout):
-    """Floating-point operations of the matrix multiplications in one update, mean over a cycle of actor_every."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cfg = agent.cfg
-    batch = rollout.replay.sample(cfg.batch)
-    with FlopCounterMode(display=False) as counter:
-        for step in range(cfg.actor_every):
-            agent.update(batch, step)
-    flop = counter.get_total_flops() / cfg.actor_every
-    B, L, _ = batch.tau.shape
-    return flop + 3 * B * L * 2 * 8 * cfg.encoder_hidden**2  # the counter misses the LSTM: 3 passes, 2 x 4 gates
-
-
-def matmul_rate(device):
-    """FLOP/s of the best of 20 products of two 1024 x 1024 matrices."""
-    a, best = torch.randn(1024, 1024, device=device), math.inf
-    for _ in range(20):
-        begin = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * 1024**3 / best
-
-
-def peak_memory():
-    """Largest resident memory of this process so far, MB; nan where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -1222,111 +1125,41 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+ALLOWED_WITH = {"eval": ("rollouts", "threads", "device"), "resume": ("steps",), "list_methods": ("env",)}
+
+
 def build_parser():
-    parser = Parser(
-        prog="dmash.py",
-        description="DMA*-SH: train, evaluate and plot one run.",
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="dmash.py", description="DMA*-SH: train, evaluate and plot one run.", allow_abbrev=False)
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--eval", metavar="RUN_FOLDER", help="evaluate the policy of a run instead of training")
-    modes.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a run; --steps may be raised")
-    modes.add_argument(
-        "--benchmark", action="store_true", help="time the phases of a gradient step instead of training"
-    )
-    modes.add_argument("--list-envs", action="store_true", help="print the table of environments instead of training")
+    modes.add_argument("--eval", metavar="RUN", help="evaluate the policy of a run folder, or a policy file")
+    modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
+    modes.add_argument("--list-methods", action="store_true", help="print the table of methods")
     parser.add_argument("--per-context", action="store_true", help="with --eval: print the return of every context")
-
-    def converter(f):
-        kind = {int: "a whole number", float: "a number"}.get(f.type)
-
-        def convert(text):
-            try:
-                return whole(text) if f.type is int else f.type(text)
-            except ValueError:
-                raise argparse.ArgumentTypeError(f"{text!r}: must be {kind} in {f.metadata['allowed']}") from None
-
-        return convert
-
     for f in fields(Config):
-        about = [] if f.default is None else [f"default: {f.default}"]
-        about += [f"allowed: {f.metadata['allowed']}"] if f.metadata["allowed"] else []
-        parser.add_argument(
-            flag(f.name),
-            type=converter(f),
-            default=argparse.SUPPRESS,  # so that what was given can be told from what was not
-            metavar=f.type.__name__.upper(),
-            help=f.metadata["help"] + (f" ({'; '.join(about)})" if about else ""),
-        )
+        about = [f"default: {f.default}"] * (f.default is not None)
+        about += [f"allowed: {f.metadata['allowed']}"] * (f.metadata["allowed"] is not None)
+        text = f.metadata["help"] + (f" ({'; '.join(about)})" if about else "")
+        # no default: what was given can be told from what was not
+        parser.add_argument(flag(f.name), metavar=f.type.__name__.upper(), default=argparse.SUPPRESS, help=text)
     return parser
 
 
-def whole(text):
-    """A whole number, also written as 1e5. ValueError if it is none."""
-    try:
-        return int(text)
-    except ValueError:
-        if not float(text).is_integer():
-            raise
-        return int(float(text))
-
-
-def list_envs():
-    """Prints the table of environments."""
-
-    def describe(dim):
-        if dim.binary:
-            return f"{dim.name} in {{{dim.train[0]:g}, {dim.train[1]:g}}}"
-        (low, high), (far_low, far_high) = dim.train, dim.extrapolation
-        return f"{dim.name} {dim.default:g}, [{low:g}, {high:g}], [{far_low:g}, {far_high:g}]"
-
-    row = "{:<18} {:<16} {:<23} {:>7} {:>4} {:>7}  {}".format
-    print(row("id", "paper", "kind", "horizon", "K", "steps", "contexts: default, train range, extrapolation range"))
-    for env, spec in aib_envs.ENVS.items():
-        dims = [describe(dim) for dim in spec.context[:2]] + [f"and so on to {spec.context[-1].name}"] * (
-            len(spec.context) > 2
-        )
-        print(row(env, spec.paper_name, spec.kind, spec.horizon, *PER_ENV[env], "; ".join(dims)))
-
-
-FOR_RUNS = ("steps", "out", "eval_every", "eval_rollouts", "rollouts", "random_steps")
-ALLOWED_WITH = {
-    "--eval": ("rollouts", "threads", "device"),
-    "--resume": ("steps",),
-    "--list-envs": (),
-    "--benchmark": [f.name for f in fields(Config) if f.name not in FOR_RUNS],
-}
+def usable_console():
+    """A stream that is closed becomes one that shows nothing, a letter that its encoding lacks an escape."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):
     """The command line. Returns the exit status: 0; 2 for bad input or a file that cannot be used, 1 for a number that
     is not finite, each told in one line; 130 after a second Ctrl-C."""
+    usable_console()
     try:
-        parser = build_parser()
-        given, rest = parser.parse_known_args(argv)
-        if rest:
-            flags = [option for action in parser._actions for option in action.option_strings]
-            raise BadInput(aib_envs.unknown("argument", rest[0], flags))
-        settings = vars(given)
-        modes = ("eval", "resume", "benchmark", "list_envs", "per_context")
-        run_folder, unfinished, timing, listing, table = (settings.pop(name) for name in modes)
-        if table and run_folder is None:
-            raise BadInput("--per-context: allowed only with --eval RUN_FOLDER")
-        used = {"--eval": run_folder is not None, "--resume": unfinished is not None}
-        used |= {"--list-envs": listing, "--benchmark": timing}
-        mode = next((mode for mode in used if used[mode]), None)  # argparse lets through one at most
-        for name in settings if mode else ():
-            if name not in ALLOWED_WITH[mode]:
-                allowed = ", ".join(map(flag, ALLOWED_WITH[mode])) or "nothing else"
-                raise BadInput(f"{flag(name)}: not with {mode}, which allows {allowed}")
-        if run_folder is not None:
-            print_evaluation(*load_run(run_folder, **settings), table)
-        elif listing:
-            list_envs()
-        elif timing:
-            benchmark(Config(**settings))
-        else:
-            train(new_run(Config(**settings)) if unfinished is None else resume_run(unfinished, **settings))
+        run_command(vars(build_parser().parse_args(argv)))
         sys.stdout.flush()
     except BadInput as error:
         message, status = error, 2
@@ -1350,18 +1183,59 @@ def main(argv=None):
     return status
 
 
-def print_evaluation(cfg, agent, table):
-    """The average episodic return (AER) of each set and, if `table`, of each context."""
-    returns = evaluate(agent, cfg, cfg.rollouts)
-    if table:
-        rows = per_context_rows(cfg, 0, returns)
-        names = [dim.name for dim in aib_envs.lookup(cfg.env).context]
-        print("set      index  " + "".join(f"{name:>15}" for name in names) + f"{'return':>10}")
-        for row in rows:
-            values = "".join(f"{row[name]:15.4g}" for name in names)
-            print(f"{row['set']:<8} {row['index']:5}  {values}{row['return']:10.1f}")
-    print(f"AER over {cfg.contexts} contexts x {cfg.rollouts} rollouts:", end="")
-    print("".join(f"  {name} {set_returns.mean():.1f}" for name, set_returns in zip(SETS, returns)))
+def run_command(settings):
+    """Does what the arguments, by name, ask for."""
+    per_context, modes = settings.pop("per_context"), {mode: settings.pop(mode) for mode in ALLOWED_WITH}
+    mode = next((mode for mode, value in modes.items() if value not in (None, False)), None)
+    if per_context and mode != "eval":
+        raise BadInput("--per-context: allowed only with --eval RUN")
+    for name in settings if mode else ():
+        if name not in ALLOWED_WITH[mode]:
+            allowed = ", ".join(map(flag, ALLOWED_WITH[mode]))
+            raise BadInput(f"{flag(name)}: not with {flag(mode)}, which allows {allowed}")
+    if mode == "eval":
+        print_evaluation(modes["eval"], per_context, **settings)
+    elif mode == "list_methods":
+        list_methods(**settings)
+    else:
+        run = Run.resume(modes["resume"], **settings) if mode == "resume" else Run.start(Config(**settings))
+        run.train()
+
+
+def print_evaluation(path, per_context, device="cpu", **settings):
+    """What is evaluated; the average episodic return (AER) of each set and, if `per_context`, of each context."""
+    cfg, agent = load_policy(path, device)
+    cfg = replace(cfg, **settings)
+    torch.set_num_threads(cfg.threads)
+    print(f"{cfg.env}, {cfg.method}, seed {cfg.seed}, step {agent.step:,}, version {agent.version}", flush=True)
+    sets = aib_envs.context_sets(cfg.env, cfg.contexts)
+    where = [(name, i, context) for name in SETS for i, context in enumerate(sets[name])]
+    returns, diverged = evaluate(agent, cfg, [context for *_, context in where], cfg.rollouts)
+    if per_context:
+        print("set      index  " + "".join(f"{name:>15}" for name in where[0][2]) + f"{'return':>10}")
+        for (name, i, context), mean in zip(where, returns.mean(-1)):
+            print(f"{name:<8} {i:5}  " + "".join(f"{value:15.4g}" for value in context.values()) + f"{mean:10.1f}")
+    means = zip(SETS, returns.reshape(len(SETS), -1).mean(-1))
+    note = f"  {diverged.sum()} episodes diverged" * bool(diverged.any())
+    print(
+        f"AER over {cfg.contexts} contexts x {cfg.rollouts} rollouts:", *(f" {s} {mean:.1f}" for s, mean in means), note
+    )
+
+
+def list_methods(env="cartpole_inv"):
+    """Prints the table of methods, with the number of parameters of each on `env`, and relative to `da`."""
+    row = "{:<16} {:<10} {:<9} {:<8} {:<8} {:<13} {:>4}  {:<13} {:>3}  {:<13} {:>10} {:>6}".format
+    head = "--method", "paper", "context", "π and Q", "f", "hypernetwork", "mask", "norms", "KL", "into η"
+    print(row(*head, "parameters", "of da"))
+
+    def size(method):
+        networks = new_agent(Config(env=env, method=method)).networks()
+        return sum(p.numel() for name in networks if name != "Q_target" for p in networks[name].parameters())
+
+    for name, m in METHODS.items():
+        norms = " ".join(["input"] * m.input_norm + ["output"] * m.output_norm) or "-"
+        switches = m.context, m.rl, m.f, m.hypernetwork, f"{m.mask:g}", norms, f"{m.kl:g}", " ".join(m.into_eta) or "-"
+        print(row(name, m.paper, *switches, f"{size(name):,}", f"{size(name) / size('da'):.2f}"))
 
 
 if __name__ == "__main__":
