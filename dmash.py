@@ -44,7 +44,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -75,7 +74,7 @@ class Method(NamedTuple):
     input_norm: bool = True  # AvgL1Norm in the encoder
     output_norm: bool = True  # SimNorm in the encoder
     kl: float = 0.0  # above 0: the code is Gaussian, and this the weight of its KL term in the dynamics loss
-    into_eta: tuple[str, ...] = ()  # RL losses that reach η all the same
+    into_eta: str = "none"  # RL losses that reach η all the same
 
 
 PLAIN = dict(mask=0.0, input_norm=False, output_norm=False)  # an encoder without masks and norms
@@ -94,9 +93,9 @@ METHODS = {
     "no_mask": Method("ablation", mask=0.0),
     "no_input_norm": Method("ablation", input_norm=False),
     "no_output_norm": Method("ablation", output_norm=False),
-    "critic_into_eta": Method("ablation", into_eta=("critic",)),
-    "actor_into_eta": Method("ablation", into_eta=("actor",)),
-    "both_into_eta": Method("ablation", into_eta=("critic", "actor")),
+    "critic_into_eta": Method("ablation", into_eta="critic"),
+    "actor_into_eta": Method("ablation", into_eta="actor"),
+    "both_into_eta": Method("ablation", into_eta="critic and actor"),
 }
 
 # ---- Context encoder g_φ: window τ -> context code z ------------------------------------------------------------
@@ -131,9 +130,11 @@ def sim_norm(x, group):
 class ContextEncoder(nn.Module):
     """g_φ: masking -> linear -> AvgL1Norm -> LSTM, its last hidden state -> linear -> SimNorm."""
 
-    def __init__(self, d_s, d_a, d_z=8, hidden=32, group=4, mask=0.4, method=METHODS["dma_star_sh"]):
+    GROUP = 4  # numbers in one softmax of SimNorm
+
+    def __init__(self, d_s, d_a, d_z=8, hidden=32, mask=0.4, method=METHODS["dma_star_sh"]):
         super().__init__()
-        self.d_s, self.d_a, self.group, self.mask, self.method = d_s, d_a, group, mask, method
+        self.d_s, self.d_a, self.mask, self.method = d_s, d_a, mask, method
         self.embed = nn.Linear(2 * d_s + d_a, hidden, bias=False)
         self.lstm = nn.LSTM(hidden, hidden)
         self.project = nn.Linear(hidden, d_z, bias=False)
@@ -150,7 +151,7 @@ class ContextEncoder(nn.Module):
         z = self.project(last[0])  # (B, 8)
         if self.variance is not None:
             return gaussian_code(z, F.softplus(self.variance(last[0])), noisy)
-        return (sim_norm(z, self.group) if self.method.output_norm else z), 0.0
+        return (sim_norm(z, self.GROUP) if self.method.output_norm else z), 0.0
 
 
 def gaussian_code(mean, variance, noisy):
@@ -204,8 +205,8 @@ def adapter(x, omega):
 
 
 class Network(nn.Module):
-    """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head. `told` is ω, or, in other methods than DMA*-SH, something
-    that a hypernetwork of its own turns into ω (`own` makes one), or that is concatenated to the input."""
+    """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head. `told` is ω; in other methods than DMA*-SH, something
+    that a hypernetwork of the network's own turns into ω (`own` makes one), or that is concatenated to the input."""
 
     def __init__(self, d_in, d_out, d_x=256, how="adapter", d_told=0, own=None):
         super().__init__()
@@ -340,10 +341,11 @@ def minimise(loss, optimizer):
     return loss.detach()
 
 
-class Agent:
+class Agent(nn.Module):
     """The networks of a method, their optimizers, and `update`, which is Algorithm 2. d_c: numbers in a context c."""
 
     def __init__(self, cfg, d_s, d_a, d_c):
+        super().__init__()
         self.cfg, self.method, self.target_entropy = cfg, METHODS[cfg.method], -float(d_a)
         method = self.method
         d_told = {"inferred": cfg.d_z, "true": d_c, "none": 0}[method.context]
@@ -357,7 +359,7 @@ class Agent:
 
         self.g = self.h = self.f = None  # where a method has no such network
         if method.context == "inferred":
-            self.g = ContextEncoder(d_s, d_a, cfg.d_z, cfg.encoder_hidden, cfg.simnorm_group, cfg.mask, method)  # φ
+            self.g = ContextEncoder(d_s, d_a, cfg.d_z, cfg.encoder_hidden, cfg.mask, method)  # φ
         if method.hypernetwork == "shared":
             self.h = hypernetwork()  # η
         if method.f != "nothing":
@@ -365,30 +367,20 @@ class Agent:
         self.pi = Actor(d_s, d_a, **entry(method.rl))  # ξ
         self.Q = Critics(d_s, d_a, **entry(method.rl))  # ζ
         self.Q_target = copy.deepcopy(self.Q).requires_grad_(False)  # ζ̄
-        self.log_alpha = torch.zeros((), device=cfg.device, requires_grad=True)
-        for network in self.networks().values():
-            network.to(cfg.device)
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.to(cfg.device)
 
         def adam(lr, *networks):
-            return torch.optim.Adam(
-                [p for network in networks if network for p in network.parameters()], lr, fused=True
-            )
+            parameters = [p for network in networks if network for p in network.parameters()]
+            return torch.optim.Adam(parameters, lr, fused=True)
 
-        self.critic_opt, self.actor_opt = adam(cfg.critic_lr, self.Q), adam(cfg.actor_lr, self.pi)
-        self.alpha_opt = torch.optim.Adam([self.log_alpha], cfg.alpha_lr, fused=True)
-        self.dynamics_opt = adam(cfg.dynamics_lr, self.g, self.h, self.f) if self.f else None
-        for loss in method.into_eta:  # Adam works parameter by parameter: a group is as good as an optimizer of its own
-            optimizer = {"critic": self.critic_opt, "actor": self.actor_opt}[loss]
-            optimizer.add_param_group({"params": list(self.h.parameters()), "lr": cfg.dynamics_lr})
-
-    def networks(self):
-        """The networks that the method has, by name."""
-        names = ("g", "h", "f", "pi", "Q", "Q_target")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def optimizers(self):
-        names = ("dynamics_opt", "critic_opt", "actor_opt", "alpha_opt")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        self.optimizers = {"critic": adam(cfg.critic_lr, self.Q), "actor": adam(cfg.actor_lr, self.pi)}
+        self.optimizers["temperature"] = torch.optim.Adam([self.log_alpha], cfg.alpha_lr, fused=True)
+        if self.f:
+            self.optimizers["dynamics"] = adam(cfg.dynamics_lr, self.g, self.h, self.f)
+        for loss in ("critic", "actor"):
+            if loss in method.into_eta:  # Adam works entry by entry: a group is as good as an optimizer of its own
+                self.optimizers[loss].add_param_group({"params": list(self.h.parameters()), "lr": cfg.dynamics_lr})
 
     @property
     def alpha(self):
@@ -419,8 +411,8 @@ class Agent:
         return self.h(z) if loss in self.method.into_eta else told
 
     def update(self, batch, step):
-        """One gradient step, number `step` from 1 on. Returns the losses and α as 0-d tensors; there is no dynamics_loss
-        without f, and no actor_loss on the steps that leave the policy alone."""
+        """One gradient step, number `step` from 1 on. Returns the losses and α as 0-d tensors: no dynamics_loss where
+        there is no f, no actor_loss on the steps that leave the policy alone."""
         cfg, pi, Q, Q_target, losses = self.cfg, self.pi, self.Q, self.Q_target, {}
 
         # 2  z ← g_φ(τ), ω ← h_η(z). `told` is ω, of one draw of masks, for f, π, Q and the target alike
@@ -429,7 +421,7 @@ class Agent:
         # 3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η} (Eq. 1)
         if self.f:
             loss = dynamics_loss(self.f, told, batch)
-            minimise(loss * (1 + self.method.kl * kl), self.dynamics_opt)
+            minimise(loss * (1 + self.method.kl * kl), self.optimizers["dynamics"])
             losses["dynamics_loss"] = loss.detach()
 
         # 4  ω ← stop-gradient(ω): a constant in all that follows (Eq. 2)
@@ -437,13 +429,13 @@ class Agent:
 
         # 5  ζ ← ζ − α₂ ∇L_ζ
         loss = critic_loss(pi, Q, Q_target, self.alpha, self.reopened("critic", z, told), batch, cfg.gamma)
-        losses["critic_loss"] = minimise(loss, self.critic_opt)
+        losses["critic_loss"] = minimise(loss, self.optimizers["critic"])
 
         # 6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, then the temperature
-        for _ in range(cfg.actor_every if step % cfg.actor_every == 0 else 0):
+        for _ in range(2 if step % 2 == 0 else 0):
             loss, logp = actor_loss(pi, Q, self.alpha, self.reopened("actor", z, told), batch)
-            losses["actor_loss"] = minimise(loss, self.actor_opt)
-            minimise(temperature_loss(self.log_alpha, logp, self.target_entropy), self.alpha_opt)
+            losses["actor_loss"] = minimise(loss, self.optimizers["actor"])
+            minimise(temperature_loss(self.log_alpha, logp, self.target_entropy), self.optimizers["temperature"])
 
         # 7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
         with torch.no_grad():
@@ -458,8 +450,9 @@ class Agent:
 class Replay:
     """Transitions of N contexts that step together. Row t of the ring holds each context's t-th [s, a, δs, r].
 
-    The window of transition t is rows t-K ... t-1 of the same context: past transitions only. It may reach back over a
-    reset, because the context, which it is read for, outlives the episode. Rows not yet written are zeros, as if masked.
+    The window of transition t is rows t-K ... t-1 of the same context: past transitions only. It may reach back over
+    a reset, because the context, which it is read for, outlives the episode. Rows not yet written are zeros, as if
+    masked.
     No terminal flag is kept: there are no terminal states, and a time limit does not end the return.
     """
 
@@ -519,10 +512,10 @@ class Rollout:
 
     noisy: collects for training (the encoder masks and subsamples at random, actions are sampled), and a number that is
     not finite is a FloatingPointError. Else it evaluates; where a simulation diverges, `diverged` says so, and the
-    instance goes on with zeros. Once `stop` holds something, a step is Stopped.
+    instance goes on with zeros. `stop` is called before each step: it may raise Stopped.
     """
 
-    def __init__(self, agent, envs, noisy, capacity=None, stop=()):
+    def __init__(self, agent, envs, noisy, capacity=None, stop=lambda: None):
         cfg = agent.cfg
         self.agent, self.envs, self.noisy, self.device, self.stop = agent, envs, noisy, cfg.device, stop
         self.replay = Replay(self.tensor(envs.c), capacity or cfg.K, envs.d_s, envs.d_a, cfg.K, cfg.L)
@@ -549,8 +542,7 @@ class Rollout:
     def step(self, random=False):
         """Line 1 of Algorithm 2: one step in every context; random: uniform actions. Sets `done` at the horizon.
         Returns s (N, d_s), a (N, d_a), r (N,), and what the policy was told."""
-        if self.stop:
-            raise Stopped
+        self.stop()
         s, told = self.s, None
         if random:
             a = 2 * torch.rand(len(s), self.envs.d_a, device=self.device) - 1
@@ -586,9 +578,9 @@ class Rollout:
         self.done, self.s = state["done"], state["s"]
 
 
-def evaluate(agent, cfg, contexts, rollouts=1, seed=None, stop=()):
-    """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts, and which of them diverged: those
-    keep the reward collected until then. Two arrays, (contexts, rollouts); Stopped once `stop` holds something.
+def evaluate(agent, cfg, contexts, rollouts=1, seed=None, stop=lambda: None):
+    """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts, and which of them diverged:
+    those keep the reward collected until then. Two arrays, (contexts, rollouts). `stop` is called before each step.
 
     seed (default: the run's) fixes the initial states; the first of several rollouts starts where a single one does.
     Draws nothing from torch's generator: evaluating changes no training run.
@@ -637,7 +629,6 @@ class Config:
     mask: float = option(None, "probability of masking each input vector of the encoder (default: by method)", "[0, 1]")
     encoder_hidden: int = option(32, "width of the encoder's LSTM", "[1, 10000]")
     d_z: int = option(8, "size of the context code z", "[1, 10000]")
-    simnorm_group: int = option(4, "numbers in one softmax group of SimNorm", "[1, 10000]")
     # hypernetwork, adapter and the networks that carry it
     hyper_hidden: int = option(64, "width of the hypernetwork's two hidden layers", "[1, 10000]")
     bottleneck: int = option(32, "width of the adapter", "[1, 10000]")
@@ -650,7 +641,6 @@ class Config:
     critic_lr: float = option(1e-3, "learning rate of the critics", "(0, 1]")
     actor_lr: float = option(3e-4, "learning rate of the policy", "(0, 1]")
     alpha_lr: float = option(1e-3, "learning rate of the temperature", "(0, 1]")
-    actor_every: int = option(2, "every so many steps the policy is updated, so many times", "[1, 1000]")
     buffer: int = option(100_000, "replay capacity per context, in transitions", "[1, 1e9]")
     random_steps: int = option(5000, "steps of uniformly random actions before the first gradient step", "[0, 1e9]")
 
@@ -665,15 +655,14 @@ class Config:
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
             value = defaults.get(f.name) if value is None else value
             setattr(self, f.name, number(flag(f.name), value, f.type, allowed) if allowed else str(value))
-        usable = ["cpu", *["cuda"] * torch.cuda.is_available()] + [
-            f"cuda:{i}" for i in range(torch.cuda.device_count())
-        ]
+        gpus = torch.cuda.device_count()
+        usable = ["cpu"] + ["cuda", *(f"cuda:{i}" for i in range(gpus))] * (gpus > 0)
         for bad, message in (
             (self.K > spec.horizon, f"--K {self.K}: must be at most the horizon, {spec.horizon} for {self.env}"),
             (self.buffer <= self.K, f"--buffer {self.buffer}: must be more than --K, here {self.K}"),
             (self.batch < self.contexts, f"--batch {self.batch}: must be at least --contexts, here {self.contexts}"),
             (self.mask and method.context != "inferred", f"--mask {self.mask}: {self.method} has no encoder"),
-            (self.d_z % self.simnorm_group, f"--d-z {self.d_z}: must be a multiple of --simnorm-group"),
+            (self.d_z % ContextEncoder.GROUP, f"--d-z {self.d_z}: must be a multiple of {ContextEncoder.GROUP}"),
             (self.device not in usable, f"--device {self.device}: not usable here; allowed: {', '.join(usable)}"),
         ):
             if bad:
@@ -713,107 +702,93 @@ def new_agent(cfg):
 SETS = ("train", "eval_in", "eval_out")
 LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
 FILES = ("config.json", "metrics.csv", "per_context.csv", "policy.pt", "checkpoint.pt")
-ACTING = ("g", "h", "pi")  # the networks in policy.pt
+ACTING = ("g.", "h.", "pi.")  # the weights in policy.pt
 
 
 class Run:
-    """A run, and all that it must remember to go on as if it had never stopped. `Run.start` makes one in a new folder,
-    `Run.resume` goes on with one, `train` trains it; what is wrong from outside becomes a BadInput in all three."""
+    """A run, and all that it must remember to go on as if it had never stopped: `Run.start` and `Run.resume` train it.
+    OSError if a file cannot be written, FloatingPointError if a number is not finite: earlier files stay as they are.
+    """
 
     def __init__(self, cfg, folder):
         torch.set_num_threads(cfg.threads)
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder, self.version = cfg, Path(folder), code_version()
-        self.sets = aib_envs.context_sets(cfg.env, cfg.contexts)
         self.agent = new_agent(cfg)
-        envs = aib_envs.VectorEnv(cfg.env, self.sets["train"], seed=[cfg.seed, 0])
+        contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
+        envs = aib_envs.VectorEnv(cfg.env, contexts, seed=[cfg.seed, 0])
         self.rollout = Rollout(self.agent, envs, noisy=True, capacity=cfg.buffer)
-        self.step, self.history = 0, []  # gradient steps done; what `evaluate` returned
+        self.step, self.history = 0, []  # gradient steps done; a row of metrics.csv and its contexts per evaluation
         self.losses = {name: [] for name in LOSSES}  # since the last evaluation
-        self.seconds, self.step_seconds = 0.0, 0.0  # in all; and of gradient steps since the last evaluation
+        self.began, self.step_seconds = time.perf_counter(), 0.0  # the latter of gradient steps since then
 
     @classmethod
     def start(cls, cfg):
         """A run in a new folder."""
         run, folder = cls(cfg, cfg.folder), cfg.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with lock(folder) as held:
-                if there := [name for name in FILES if (folder / name).exists()]:
-                    other = f"choose another --seed or --out, or go on with --resume {folder}"
-                    raise BadInput(f"{folder} already holds a run ({', '.join(there)}); {other}")
-                run.save()
-                run.lock = held.pop_all()
-        except OSError as error:
-            raise BadInput(f"--out {cfg.out}: cannot write {folder} ({error.strerror})") from None
-        work = f"{cfg.random_steps:,} random steps, then {cfg.steps:,} gradient steps"
-        print(f"{folder}: {work}; threads: {cfg.threads}", flush=True)
-        return run
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder):
+            if there := [name for name in FILES if (folder / name).exists()]:
+                other = f"choose another --seed or --out, or go on with --resume {folder}"
+                raise BadInput(f"{folder} already holds a run ({', '.join(there)}); {other}")
+            run.save()
+            run.train(f"{cfg.random_steps:,} random steps, then {cfg.steps:,} gradient steps")
 
     @classmethod
     def resume(cls, folder, steps=None):
         """The run in `folder` as its checkpoint left it, with more `steps` if given."""
-        path = Path(folder) / "checkpoint.pt"
+        folder, path = Path(folder), Path(folder) / "checkpoint.pt"
         if not path.is_file():
             raise BadInput(f"--resume {folder}: no run folder (it has no {path.name})")
-        with lock(path.parent) as held:
+        with lock(folder):
             with reading(path, "--resume"):
                 state = load(path)
                 cfg = Config(**state["settings"])
-                more = cfg.steps if steps is None else number("--steps", steps, int, f"[{cfg.steps}, 1e9]")
-                run = cls(replace(cfg, steps=more), folder)
+            more = cfg.steps if steps is None else number("--steps", steps, int, f"[{cfg.steps}, 1e9]")
+            run = cls(replace(cfg, steps=more), folder)
+            with reading(path, "--resume"):
                 run.load_state_dict(state)
-            if newer := [step for step in steps_in(run.folder / "metrics.csv") if step > run.evaluated]:
+            if newer := [step for step in steps_in(folder / "metrics.csv") if step > run.evaluated]:
                 print(f"{folder}: rows after this checkpoint, to be made again: {', '.join(map(str, newer))}")
             run.write_tables()
-            run.lock = held.pop_all()
-        print(f"{folder}: going on from step {run.step:,} of {more:,}; threads: {cfg.threads}", flush=True)
-        return run
+            run.train(f"going on from step {run.step:,} of {more:,}")
 
     @property
     def evaluated(self):
         """The step of the last evaluation, 0 before the first."""
         return self.history[-1]["metrics"]["step"] if self.history else 0
 
-    def train(self):
-        """Trains to the evaluation after `cfg.steps`, or until SIGINT or SIGTERM, and saves. BadInput if a file cannot be
-        written, FloatingPointError if a number is not finite: what was written before stays as it is."""
-        cfg, began = self.cfg, time.perf_counter() - self.seconds
-        with self.lock, catch_signals() as stop, progress_bar(self.step, cfg.steps) as bar:
-            try:
+    def train(self, plan):
+        """Trains to the evaluation after `cfg.steps`, or until SIGINT or SIGTERM, and saves."""
+        cfg, bar = self.cfg, progress_bar(self.step, self.cfg.steps)
+        print(f"{self.folder}: {plan}; threads: {cfg.threads}", flush=True)
+        try:
+            with catch_signals() as stop:
                 for _ in range(cfg.random_steps if self.step == 0 else 0):
+                    stop()
                     self.rollout.collect(random=True)
-                    if stop:
-                        break
-                while not stop and self.evaluated < cfg.steps:
+                while self.evaluated < cfg.steps:
+                    stop()
                     due = self.step % cfg.eval_every == 0 or self.step == cfg.steps
-                    if self.step == self.evaluated or not due:
-                        self.gradient_step()
-                        bar.update()
-                        continue
-                    with contextlib.suppress(Stopped):
-                        evaluation = self.evaluate(began, stop)
-                        self.history.append(evaluation)
-                        self.losses, self.step_seconds = {name: [] for name in LOSSES}, 0.0
+                    if due and self.step > self.evaluated:
+                        self.evaluate(stop)
                         self.save()
-                        bar.write(summary(evaluation["metrics"], cfg.steps))
+                        (bar.write if bar else print)(summary(self.history[-1]["metrics"], cfg.steps))
                         sys.stdout.flush()
-                self.seconds = time.perf_counter() - began
-                if self.step > self.evaluated:  # else it is saved; random steps are made again rather than kept
-                    self.save()
-            except OSError as error:
-                left = f"its earlier files are intact; to go on: python dmash.py --resume {self.folder}"
-                what = f"cannot write {error.filename or 'output'} ({error.strerror}); the run stops"
-                left = left if self.folder.exists() else "its folder is gone"
-                raise BadInput(f"step {self.step:,}: {what}, {left}") from None
-            except FloatingPointError as error:
-                left = f"the last checkpoint in {self.folder} is untouched"
-                raise FloatingPointError(f"step {self.step:,}: {error}; the run stops, {left}") from None
-            drawn = bool(self.history) and plot(self)
-            if self.evaluated < cfg.steps:
-                print(f"stopped at step {self.step:,}; to go on: python dmash.py --resume {self.folder}")
-            else:
-                print(f"{self.folder}: {', '.join(FILES)}{', curve.png' * drawn}")
+                    else:
+                        self.gradient_step()
+                        bar and bar.update()
+            end = f"{self.folder}: {', '.join(FILES)}"
+        except Stopped:
+            if self.step > self.evaluated:  # else it is saved; random steps are made again rather than kept
+                self.save()
+            end = f"stopped at step {self.step:,}; to go on: python dmash.py --resume {self.folder}"
+        except FloatingPointError as error:
+            left = f"the last checkpoint in {self.folder} is untouched"
+            raise FloatingPointError(f"step {self.step:,}: {error}; the run stops, {left}") from None
+        if self.history:
+            plot(self)
+        print(end)
 
     def gradient_step(self):
         """One step of all contexts and one update of the networks."""
@@ -826,40 +801,33 @@ class Run:
             self.losses[name].append(value)
         self.step_seconds += time.perf_counter() - begin
 
-    def evaluate(self, began, stop=()):
-        """The row of metrics.csv and the rows of per_context.csv of an evaluation on the three sets."""
-        cfg, n = self.cfg, self.cfg.contexts
-        rollouts = cfg.rollouts if self.step == cfg.steps else cfg.eval_rollouts
-        where = [(name, i, context) for name in SETS for i, context in enumerate(self.sets[name])]
-        returns, diverged = evaluate(self.agent, cfg, [context for *_, context in where], rollouts, stop=stop)
-        self.seconds = time.perf_counter() - began
-        row = {"step": self.step, "env_steps": self.rollout.replay.t * n, "seconds": self.seconds}
+    def evaluate(self, stop=lambda: None):
+        """Adds an evaluation to the history: the row of metrics.csv, and those of per_context.csv."""
+        rollouts = self.cfg.rollouts if self.step == self.cfg.steps else self.cfg.eval_rollouts
+        contexts = evaluate_sets(self.agent, self.cfg, rollouts, stop)
+        row = {"step": self.step, "env_steps": self.rollout.replay.t * self.cfg.contexts}
+        row["seconds"] = time.perf_counter() - self.began
         row["steps_per_second"] = len(self.losses["critic_loss"]) / self.step_seconds
         row |= {name: torch.stack(v).mean().item() if v else math.nan for name, v in self.losses.items()}
-        row |= dict(zip(SETS, returns.reshape(len(SETS), -1).mean(-1).tolist()))
-        row |= {f"diverged_{name}": int(x) for name, x in zip(SETS, diverged.reshape(len(SETS), -1).sum(-1))}
-        results = zip(where, returns.mean(-1).tolist(), diverged.sum(-1).tolist())
-        contexts = [
-            {"step": self.step, "set": name, "index": i, **context, "return": mean, "diverged": bad}
-            for (name, i, context), mean, bad in results
-        ]
-        return {"metrics": row, "contexts": contexts}
+        row |= by_set(contexts, "return")
+        row |= {f"diverged_{name}": int(n) for name, n in by_set(contexts, "diverged", sum).items()}
+        self.history.append({"metrics": row, "contexts": [{"step": self.step, **context} for context in contexts]})
+        self.losses, self.step_seconds = {name: [] for name in LOSSES}, 0.0
 
     def save(self):
         """All files, but none if a weight is not finite. The tables come last: they follow from the checkpoint."""
-        for name, network in self.agent.networks().items():
-            require_finite({f"weight {name}.{key}": value for key, value in network.state_dict().items()})
         state = self.state_dict()
+        require_finite({f"weight {name}": value for name, value in state["agent"].items()})
         policy = {name: state[name] for name in ("settings", "version", "step")}
-        policy["networks"] = {name: weights for name, weights in state["networks"].items() if name in ACTING}
+        policy["agent"] = {name: weight for name, weight in state["agent"].items() if name.startswith(ACTING)}
         replace_file(self.folder / "policy.pt", lambda file: torch.save(policy, file))
         replace_file(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
         self.write_tables()
 
     def write_tables(self):
         """config.json, and both tables from the history."""
-        packages = {package.__name__: package.__version__ for package in (torch, np, mujoco, gymnasium)}
-        config = asdict(self.cfg) | {"version": self.version} | {name: str(v) for name, v in packages.items()}
+        versions = {package.__name__: str(package.__version__) for package in (torch, np, mujoco, gymnasium)}
+        config = asdict(self.cfg) | {"version": self.version} | versions
         text = {"config.json": json.dumps(config, indent=2) + "\n"}
         if self.history:
             text["metrics.csv"] = csv_text([evaluation["metrics"] for evaluation in self.history])
@@ -875,10 +843,9 @@ class Run:
             "step": self.step,
             "history": self.history,
             "losses": {name: torch.tensor(values) for name, values in self.losses.items()},
-            "seconds": [self.seconds, self.step_seconds],
-            "networks": {name: network.state_dict() for name, network in self.agent.networks().items()},
-            "log_alpha": self.agent.log_alpha.detach(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers().items()},
+            "seconds": [time.perf_counter() - self.began, self.step_seconds],
+            "agent": self.agent.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers.items()},
             "rollout": self.rollout.state_dict(),
             "generators": [torch.get_rng_state()] + torch.cuda.get_rng_state_all() * (self.cfg.device != "cpu"),
         }
@@ -889,18 +856,30 @@ class Run:
         if not (type(self.step) is int and 0 <= self.evaluated <= self.step <= self.cfg.steps):
             raise ValueError(f"step {self.step!r}, evaluated at {self.evaluated!r}, of {self.cfg.steps}")
         self.losses = {name: list(state["losses"][name].unbind()) for name in LOSSES}
-        self.seconds, self.step_seconds = state["seconds"]
-        for name, network in self.agent.networks().items():
-            network.load_state_dict(state["networks"][name])
-        for name, optimizer in self.agent.optimizers().items():
+        seconds, self.step_seconds = state["seconds"]
+        self.began -= seconds
+        self.agent.load_state_dict(state["agent"])
+        for name, optimizer in self.agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        self.agent.log_alpha.data.copy_(state["log_alpha"])
         self.rollout.load_state_dict(state["rollout"])
         torch.set_rng_state(state["generators"][0])
         if self.cfg.device != "cpu":
             torch.cuda.set_rng_state_all(state["generators"][1:])
-        if self.version not in state["version"].split(" + "):  # code that changed between two parts of a run shows it
+        if self.version not in state["version"].split(" + "):  # code that changed between two parts of a run shows
             self.version = f"{state['version']} + {self.version}"
+
+
+def evaluate_sets(agent, cfg, rollouts, stop=lambda: None):
+    """A dict per context of the three sets: its place, its values, its mean return and number of diverged episodes."""
+    sets = aib_envs.context_sets(cfg.env, cfg.contexts)
+    rows = [{"set": name, "index": i, **context} for name in SETS for i, context in enumerate(sets[name])]
+    returns, diverged = evaluate(agent, cfg, sum((sets[name] for name in SETS), []), rollouts, stop=stop)
+    results = zip(rows, returns.mean(-1).tolist(), diverged.sum(-1).tolist())
+    return [row | {"return": mean, "diverged": count} for row, mean, count in results]
+
+
+def by_set(contexts, column, of=np.mean):
+    return {name: float(of([row[column] for row in contexts if row["set"] == name])) for name in SETS}
 
 
 def require_finite(tensors):
@@ -912,20 +891,23 @@ def require_finite(tensors):
 
 @contextlib.contextmanager
 def catch_signals():
-    """A list that SIGINT and SIGTERM put something into while the block runs; the second leaves at once. A signal that
-    the process was started to ignore stays ignored."""
-    caught, before = [], {}
+    """A function that raises Stopped once SIGINT or SIGTERM came, while the block runs; the second leaves at once. A
+    signal that the process was started to ignore stays ignored."""
+    caught, before = [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def handler(number, frame):
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
 
-    if threading.current_thread() is threading.main_thread():
-        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-        before = {n: signal.signal(n, handler) for n in numbers}
+    def stop():
+        if caught:
+            raise Stopped
+
+    for n, previous in before.items():
+        signal.signal(n, previous if previous == signal.SIG_IGN else handler)
     try:
-        yield caught
+        yield stop
     finally:
         for n, previous in before.items():
             signal.signal(n, previous)
@@ -941,25 +923,12 @@ def summary(row, steps):
     return f"step {row['step']:,}  return: {sets}  {losses}  {left}{note}"
 
 
-class NoBar(contextlib.nullcontext):
-    """Stands for the progress bar where there is no tqdm."""
-
-    def __enter__(self):
-        return self
-
-    def update(self):
-        pass
-
-    write = staticmethod(print)
-
-
 def progress_bar(done, total):
-    """tqdm's bar with rate and time left, shown on a terminal."""
-    try:
+    """tqdm's bar with rate and time left, shown on a terminal; None where there is no tqdm."""
+    with contextlib.suppress(ImportError):
         from tqdm import tqdm
-    except ImportError:
-        return NoBar()
-    return tqdm(initial=done, total=total, unit="step", smoothing=0.05, disable=None)
+
+        return tqdm(initial=done, total=total, unit="step", smoothing=0.05, disable=None)
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------
@@ -973,23 +942,21 @@ def code_version():
     return "unknown"
 
 
+@contextlib.contextmanager
 def lock(folder):
-    """Holds the folder for this process until the ExitStack that it returns is closed, or the process ends, however it
-    ends. BadInput if another process holds it. Where a folder cannot be locked (Windows, some network disks) none is."""
-    held = contextlib.ExitStack()
-    with contextlib.suppress(ImportError):
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-        held.callback(os.close, handle)
+    """Holds the folder while the block runs, or until the process ends, however it ends; BadInput if another process
+    holds it. Nothing is held where folders have no locks (Windows, some network disks)."""
+    with contextlib.ExitStack() as held:
         try:
+            import fcntl
+
+            held.callback(os.close, handle := os.open(folder, os.O_RDONLY))
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            held.close()
             raise BadInput(f"{folder} is in use by another process") from None
-        except OSError:
+        except (ImportError, OSError):
             pass
-    return held
+        yield
 
 
 def replace_file(path, write):
@@ -1021,8 +988,6 @@ def reading(path, option):
     try:
         yield
     except Exception as error:
-        if isinstance(error, BadInput) and str(error).startswith(("--steps", "not enough")):
-            raise
         raise BadInput(f"{option} {path.parent}: {path.name} cannot be read ({one_line(error)})") from None
 
 
@@ -1031,18 +996,18 @@ def one_line(error):
 
 
 def load_policy(path, device="cpu"):
-    """The Config and the trained Agent of a run folder or a policy file; agent.step and agent.version say of when and by
-    what code. BadInput names what cannot be read. Leaves torch's generator alone."""
-    path = Path(path)
-    path = path / "policy.pt" if path.is_dir() else path
+    """The Config and the trained Agent of a run folder or a policy file; agent.step and agent.version say of when and
+    by what code. BadInput names what cannot be read. Leaves torch's generator alone."""
+    path = Path(path) / "policy.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise BadInput(f"--eval {path}: no such file; allowed: a run folder with a policy.pt, or such a file")
     with reading(path, "--eval"), torch.random.fork_rng(devices=[]):
         state = load(path)
         cfg = Config(**state["settings"] | {"device": device})
         agent = new_agent(cfg)
-        for name, weights in state["networks"].items():
-            agent.networks()[name].load_state_dict(weights)
+        if missing := {name for name in agent.state_dict() if name.startswith(ACTING)} - set(state["agent"]):
+            raise ValueError(f"no {min(missing)}")
+        agent.load_state_dict(state["agent"], strict=False)
         agent.step, agent.version = int(state["step"]), str(state["version"])
     return cfg, agent
 
@@ -1063,69 +1028,65 @@ def steps_in(path):
     return []
 
 
+# ---- Picture --------------------------------------------------------------------------------------------------
+
+
 def plot(run):
-    """Draws curve.png and returns whether it could: a picture never costs a run its end."""
+    """Draws curve.png if matplotlib is there: returns over steps by set and, dashed where inverted or swapped, by
+    binary context; the last returns against each context value or, with more than two dimensions, against the distance
+    from the centre of the train range. A picture never costs a run its end."""
     try:
         from matplotlib.figure import Figure
 
-        picture = io.BytesIO()
-        draw(Figure, run).savefig(picture, dpi=110)
+        draw(Figure, run).savefig(picture := io.BytesIO(), dpi=110)
         replace_file(run.folder / "curve.png", lambda file: file.write(picture.getbuffer()))
-        return True
-    except ImportError:
-        return False
     except Exception as error:
-        print(f"curve.png is not drawn ({one_line(error)})")
-        return False
+        if not isinstance(error, ImportError):
+            print(f"curve.png is not drawn ({one_line(error)})")
 
 
 def draw(Figure, run):
-    """Returns over steps by set, and by binary context; the last returns against each context value (triangles: inverted
-    or swapped), or, with more than two dimensions, against the distance from the centre of the train range."""
     dims, colours = aib_envs.ENVS[run.cfg.env].context, dict(zip(SETS, ("tab:blue", "tab:green", "tab:red")))
-    binary = [dim for dim in dims if dim.binary]
-    places = [(dim.name, lambda row, dim=dim: row[dim.name], dim.train) for dim in dims]
-    if len(dims) > 2:
-        places = [("distance from the centre", lambda row: max(dim.distance(row[dim.name]) for dim in dims), (0, 1))]
+    steps, last = [e["metrics"]["step"] for e in run.history], run.history[-1]["contexts"]
+    binary, graded = ([dim for dim in dims if dim.binary == which] for which in (True, False))
+    places = {dim.name: ([row[dim.name] for row in last], dim.train) for dim in graded}  # and the train range
+    if len(graded) > 2:
+        distances = [max(dim.distance(row[dim.name]) for dim in graded) for row in last]
+        places = {"distance from the centre": (distances, (0, 1))}
     panels = 1 + len(binary) + len(places)
     figure = Figure(figsize=(3.6 * panels, 3.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, panels, sharey=True))
-
-    def curve(ax, name, of=lambda row: True, line=".-", label=None):
-        """The mean return in a set, over those of its contexts that `of` picks."""
-        means = [np.mean([r["return"] for r in e["contexts"] if r["set"] == name and of(r)]) for e in run.history]
-        ax.plot([e["metrics"]["step"] for e in run.history], means, line, color=colours[name], label=label)
-
     for name in SETS:
-        curve(axes[0], name, label=name)
+        axes[0].plot(steps, [e["metrics"][name] for e in run.history], ".-", color=colours[name], label=name)
         for ax, dim in zip(axes[1:], binary):
-            for value, line in zip(dim.train, (".--", ".-") if dim.default == dim.train[1] else (".-", ".--")):
+            for value in dim.train:
+                of_value = [[row for row in e["contexts"] if row[dim.name] == value] for e in run.history]
                 label = f"{dim.name} = {value:g}" if name == "train" else None
-                curve(ax, name, lambda row: row[dim.name] == value, line, label)
-    axes[0].set_title(run.folder.resolve().name, parse_math=False)
-    axes[0].set_ylabel("average episodic return")
+                line = ".-" if value == dim.default else ".--"
+                means = [by_set(rows, "return")[name] for rows in of_value]
+                ax.plot(steps, means, line, color=colours[name], label=label)
+    for ax, (name, (values, ends)) in zip(axes[1 + len(binary) :], places.items()):
+        for row, value in zip(last, values):
+            marker = "v" if any(row[dim.name] != dim.default for dim in binary) else "o"  # triangle: inverted, swapped
+            ax.plot(value, row["return"], marker, color=colours[row["set"]], alpha=0.7)
+        ax.axvspan(*ends, color="0.92", zorder=0)
+        ax.set(xlabel=name, title="last evaluation")
     for ax in axes[: 1 + len(binary)]:
         ax.set_xlabel("gradient steps")
         ax.legend()
-    for ax, (name, place, ends) in zip(axes[1 + len(binary) :], places):
-        for row in run.history[-1]["contexts"]:
-            marker = "v" if any(row[dim.name] != dim.default for dim in binary) else "o"
-            ax.plot(place(row), row["return"], marker, color=colours[row["set"]], alpha=0.7)
-        if name not in [dim.name for dim in binary]:
-            ax.axvspan(*ends, color="0.92", zorder=0)  # the train range
-        ax.set(xlabel=name, title="last evaluation")
+    axes[0].set_ylabel("average episodic return")
+    axes[0].set_title(run.folder.resolve().name, parse_math=False)
     return figure
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------
 
+ALLOWED_WITH = {"eval": ("rollouts", "threads", "device"), "resume": ("steps",), "list_methods": ()}
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message)
-
-
-ALLOWED_WITH = {"eval": ("rollouts", "threads", "device"), "resume": ("steps",), "list_methods": ("env",)}
 
 
 def build_parser():
@@ -1139,13 +1100,13 @@ def build_parser():
         about = [f"default: {f.default}"] * (f.default is not None)
         about += [f"allowed: {f.metadata['allowed']}"] * (f.metadata["allowed"] is not None)
         text = f.metadata["help"] + (f" ({'; '.join(about)})" if about else "")
-        # no default: what was given can be told from what was not
+        # without a default, what was given can be told from what was not
         parser.add_argument(flag(f.name), metavar=f.type.__name__.upper(), default=argparse.SUPPRESS, help=text)
     return parser
 
 
 def usable_console():
-    """A stream that is closed becomes one that shows nothing, a letter that its encoding lacks an escape."""
+    """A stream that is closed becomes one that shows nothing; a letter that its encoding lacks, an escape."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -1191,51 +1152,39 @@ def run_command(settings):
         raise BadInput("--per-context: allowed only with --eval RUN")
     for name in settings if mode else ():
         if name not in ALLOWED_WITH[mode]:
-            allowed = ", ".join(map(flag, ALLOWED_WITH[mode]))
+            allowed = ", ".join(map(flag, ALLOWED_WITH[mode])) or "no setting"
             raise BadInput(f"{flag(name)}: not with {flag(mode)}, which allows {allowed}")
     if mode == "eval":
         print_evaluation(modes["eval"], per_context, **settings)
     elif mode == "list_methods":
-        list_methods(**settings)
+        list_methods()
+    elif mode == "resume":
+        Run.resume(modes["resume"], **settings)
     else:
-        run = Run.resume(modes["resume"], **settings) if mode == "resume" else Run.start(Config(**settings))
-        run.train()
+        Run.start(Config(**settings))
 
 
 def print_evaluation(path, per_context, device="cpu", **settings):
-    """What is evaluated; the average episodic return (AER) of each set and, if `per_context`, of each context."""
+    """What is evaluated; the average episodic return (AER) of each set and, if `per_context`, the table of contexts."""
     cfg, agent = load_policy(path, device)
     cfg = replace(cfg, **settings)
     torch.set_num_threads(cfg.threads)
     print(f"{cfg.env}, {cfg.method}, seed {cfg.seed}, step {agent.step:,}, version {agent.version}", flush=True)
-    sets = aib_envs.context_sets(cfg.env, cfg.contexts)
-    where = [(name, i, context) for name in SETS for i, context in enumerate(sets[name])]
-    returns, diverged = evaluate(agent, cfg, [context for *_, context in where], cfg.rollouts)
+    contexts = evaluate_sets(agent, cfg, cfg.rollouts)
     if per_context:
-        print("set      index  " + "".join(f"{name:>15}" for name in where[0][2]) + f"{'return':>10}")
-        for (name, i, context), mean in zip(where, returns.mean(-1)):
-            print(f"{name:<8} {i:5}  " + "".join(f"{value:15.4g}" for value in context.values()) + f"{mean:10.1f}")
-    means = zip(SETS, returns.reshape(len(SETS), -1).mean(-1))
-    note = f"  {diverged.sum()} episodes diverged" * bool(diverged.any())
-    print(
-        f"AER over {cfg.contexts} contexts x {cfg.rollouts} rollouts:", *(f" {s} {mean:.1f}" for s, mean in means), note
-    )
+        print(csv_text(contexts), end="")
+    means = "  ".join(f"{name} {mean:.1f}" for name, mean in by_set(contexts, "return").items())
+    diverged = sum(row["diverged"] for row in contexts)
+    note = f"  {diverged} episodes diverged" * bool(diverged)
+    print(f"AER over {cfg.contexts} contexts x {cfg.rollouts} rollouts:  {means}{note}")
 
 
-def list_methods(env="cartpole_inv"):
-    """Prints the table of methods, with the number of parameters of each on `env`, and relative to `da`."""
-    row = "{:<16} {:<10} {:<9} {:<8} {:<8} {:<13} {:>4}  {:<13} {:>3}  {:<13} {:>10} {:>6}".format
-    head = "--method", "paper", "context", "π and Q", "f", "hypernetwork", "mask", "norms", "KL", "into η"
-    print(row(*head, "parameters", "of da"))
-
-    def size(method):
-        networks = new_agent(Config(env=env, method=method)).networks()
-        return sum(p.numel() for name in networks if name != "Q_target" for p in networks[name].parameters())
-
-    for name, m in METHODS.items():
-        norms = " ".join(["input"] * m.input_norm + ["output"] * m.output_norm) or "-"
-        switches = m.context, m.rl, m.f, m.hypernetwork, f"{m.mask:g}", norms, f"{m.kl:g}", " ".join(m.into_eta) or "-"
-        print(row(name, m.paper, *switches, f"{size(name):,}", f"{size(name) / size('da'):.2f}"))
+def list_methods():
+    """Prints the table of methods."""
+    row = ("{:<16}" + "{:<12}" * 2 + "{:<10}" * 2 + "{:<13}" * 6).format
+    print(row("--method", *Method._fields).rstrip())
+    for name, method in METHODS.items():
+        print(row(name, *map(str, method)).rstrip())
 
 
 if __name__ == "__main__":
