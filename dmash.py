@@ -701,7 +701,7 @@ def new_agent(cfg):
 
 SETS = ("train", "eval_in", "eval_out")
 LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
-FILES = ("config.json", "metrics.csv", "per_context.csv", "policy.pt", "checkpoint.pt")
+FILES = ("checkpoint.pt", "policy.pt", "config.json", "metrics.csv", "per_context.csv")
 ACTING = ("g.", "h.", "pi.")  # the weights in policy.pt
 
 
@@ -750,7 +750,7 @@ class Run:
                 run.load_state_dict(state)
             if newer := [step for step in steps_in(folder / "metrics.csv") if step > run.evaluated]:
                 print(f"{folder}: rows after this checkpoint, to be made again: {', '.join(map(str, newer))}")
-            run.write_tables()
+            run.save()  # all that follows from the checkpoint, whatever became of it in between
             run.train(f"going on from step {run.step:,} of {more:,}")
 
     @property
@@ -815,17 +815,13 @@ class Run:
         self.losses, self.step_seconds = {name: [] for name in LOSSES}, 0.0
 
     def save(self):
-        """All files, but none if a weight is not finite. The tables come last: they follow from the checkpoint."""
+        """All files, but none if a weight is not finite. The checkpoint comes first: all others follow from it."""
         state = self.state_dict()
         require_finite({f"weight {name}": value for name, value in state["agent"].items()})
         policy = {name: state[name] for name in ("settings", "version", "step")}
         policy["agent"] = {name: weight for name, weight in state["agent"].items() if name.startswith(ACTING)}
-        replace_file(self.folder / "policy.pt", lambda file: torch.save(policy, file))
         replace_file(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
-        self.write_tables()
-
-    def write_tables(self):
-        """config.json, and both tables from the history."""
+        replace_file(self.folder / "policy.pt", lambda file: torch.save(policy, file))
         versions = {package.__name__: str(package.__version__) for package in (torch, np, mujoco, gymnasium)}
         config = asdict(self.cfg) | {"version": self.version} | versions
         text = {"config.json": json.dumps(config, indent=2) + "\n"}
@@ -865,8 +861,8 @@ class Run:
         torch.set_rng_state(state["generators"][0])
         if self.cfg.device != "cpu":
             torch.cuda.set_rng_state_all(state["generators"][1:])
-        if self.version not in state["version"].split(" + "):  # code that changed between two parts of a run shows
-            self.version = f"{state['version']} + {self.version}"
+        before = state["version"].split(" + ")  # code that changed between two parts of a run shows
+        self.version = " + ".join(before + [self.version] * (self.version not in before))
 
 
 def evaluate_sets(agent, cfg, rollouts, stop=lambda: None):
@@ -879,7 +875,9 @@ def evaluate_sets(agent, cfg, rollouts, stop=lambda: None):
 
 
 def by_set(contexts, column, of=np.mean):
-    return {name: float(of([row[column] for row in contexts if row["set"] == name])) for name in SETS}
+    """The mean, or what `of` tells, of a column in each set; nan of an empty one."""
+    values = {name: [row[column] for row in contexts if row["set"] == name] for name in SETS}
+    return {name: float(of(column)) if column else math.nan for name, column in values.items()}
 
 
 def require_finite(tensors):
@@ -968,10 +966,11 @@ def replace_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        fault = error if isinstance(error, OSError) else error.__context__  # torch.save wraps that of a full disk
+        raise OSError(fault.errno, fault.strerror, str(path)) from None
 
 
 def load(path):
