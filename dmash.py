@@ -763,7 +763,7 @@ class Run:
         cfg, bar = self.cfg, progress_bar(self.step, self.cfg.steps)
         print(f"{self.folder}: {plan}; threads: {cfg.threads}", flush=True)
         try:
-            with catch_signals() as stop:
+            with catch_signals() as stop, contextlib.suppress(Stopped):
                 for _ in range(cfg.random_steps if self.step == 0 else 0):
                     stop()
                     self.rollout.collect(random=True)
@@ -778,17 +778,17 @@ class Run:
                     else:
                         self.gradient_step()
                         bar and bar.update()
-            end = f"{self.folder}: {', '.join(FILES)}"
-        except Stopped:
             if self.step > self.evaluated:  # else it is saved; random steps are made again rather than kept
                 self.save()
-            end = f"stopped at step {self.step:,}; to go on: python dmash.py --resume {self.folder}"
         except FloatingPointError as error:
             left = f"the last checkpoint in {self.folder} is untouched"
             raise FloatingPointError(f"step {self.step:,}: {error}; the run stops, {left}") from None
         if self.history:
             plot(self)
-        print(end)
+        if self.evaluated == cfg.steps:
+            print(f"{self.folder}: {', '.join(FILES)}")
+        else:
+            print(f"stopped at step {self.step:,}; to go on: python dmash.py --resume {self.folder}")
 
     def gradient_step(self):
         """One step of all contexts and one update of the networks."""
@@ -876,8 +876,8 @@ def evaluate_sets(agent, cfg, rollouts, stop=lambda: None):
 
 def by_set(contexts, column, of=np.mean):
     """The mean, or what `of` tells, of a column in each set; nan of an empty one."""
-    values = {name: [row[column] for row in contexts if row["set"] == name] for name in SETS}
-    return {name: float(of(column)) if column else math.nan for name, column in values.items()}
+    found = {name: [row[column] for row in contexts if row["set"] == name] for name in SETS}
+    return {name: float(of(values)) if values else math.nan for name, values in found.items()}
 
 
 def require_finite(tensors):

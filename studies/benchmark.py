@@ -1,8 +1,8 @@
 """Where does the time of a gradient step go, what do the methods cost, and is this checkout faster than another?
 
-    python studies/benchmark.py --env cartpole_inv     each phase of a gradient step, in milliseconds     1 minute
-    python studies/benchmark.py --methods              gradient steps/s and parameters of every method    2 minutes
-    python studies/benchmark.py --against FOLDER       this checkout and the one in FOLDER, taking turns  2 minutes
+    python studies/benchmark.py --env cartpole_inv    each phase of a gradient step, in milliseconds     1 to 2 minutes
+    python studies/benchmark.py --methods             gradient steps/s and parameters of every method    2 to 5 minutes
+    python studies/benchmark.py --against FOLDER      this checkout and the one in FOLDER, taking turns  1 to 3 minutes
 
 The first times one episode with its warm-up: acting (encoder, hypernetwork and policy in every context), environments,
 batch, dynamics (encoder, hypernetwork, f and their optimizer), critic, actor (with the temperature), targets, rest
@@ -66,8 +66,8 @@ def wait_for(device):
 
 
 def phase_seconds(run, steps):
-    """Seconds of gradient steps by phase, and in all. Time is cut into pieces, each counted once: a cut adds what passed
-    since the one before to the phase that it names. The run keeps making cuts afterwards."""
+    """Seconds of gradient steps by phase, and in all. Time is cut into pieces, each counted once: a cut adds what
+    passed since the cut before to the phase that it names. The run keeps making cuts afterwards."""
     seconds, last = dict.fromkeys(PHASES, 0.0), time.perf_counter()
 
     def cut(phase):
@@ -90,10 +90,10 @@ def phase_seconds(run, steps):
 
     cut_around(run.rollout.envs, "reset", "rest", "environments")
     cut_around(run.rollout.envs, "step", "acting", "environments")
-    cut_around(run.rollout.replay, "add", "rest", "rest")
+    cut_around(run.rollout, "step", "rest", "rest")  # what the environments' cuts leave of it
     cut_around(run.rollout.replay, "sample", "rest", "batch")
     cut_around(run.agent, "update", "rest", "targets")  # what the optimizers' cuts leave of it
-    for name, optimizer in run.agent.optimizers.items():  # its step ends the phase
+    for name, optimizer in run.agent.optimizers.items():  # whose steps end their phases
         phase = "actor" if name == "temperature" else name
         cut_around(optimizer, "step", phase, phase)
     last = time.perf_counter()
@@ -201,13 +201,13 @@ def print_against(folder, settings):
     if missing := [name for name in ("dmash.py", "aib_envs.py") if not (folder / name).is_file()]:
         raise dmash.BadInput(f"--against {folder}: no {missing[0]} there; allowed: the folder of another checkout")
     cfg, here, n = dmash.Config(**settings), Path(__file__).resolve().parent, TURNS["against"]
-    folders, workers, ms = (here.parent, folder.resolve()), [], np.zeros((n, 2))
+    folders, ms = (here.parent, folder.resolve()), np.zeros((n, 2))
+    commands = [[sys.executable, "-c", WORK, str(place), json.dumps(asdict(cfg)), *settings] for place in folders]
+    pipes = dict(cwd=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with contextlib.ExitStack() as stack:
-        for place in folders:
-            command = [sys.executable, "-c", WORK, str(place), json.dumps(asdict(cfg)), *settings]
-            worker = subprocess.Popen(command, cwd=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            workers.append(stack.enter_context(worker))
-            if (answer := worker.stdout.readline().strip()) != "ready":  # it rests before the next one starts
+        workers = [stack.enter_context(subprocess.Popen(command, **pipes)) for command in commands]
+        for worker in workers:
+            if (answer := worker.stdout.readline().strip()) != "ready":
                 raise dmash.BadInput(f"--against {folder}: {answer or 'its code does not run'}")
         for turn in range(n):
             for i in (0, 1) if turn % 2 else (1, 0):
