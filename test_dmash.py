@@ -15,7 +15,10 @@ import sys
 import tempfile
 import time
 import warnings
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import gymnasium
@@ -30,7 +33,7 @@ import aib_envs
 import dmash
 
 HERE = Path(__file__).parent
-D_S, D_A, B, L = 5, 1, 12, 6
+D_S, D_A, D_C, B, N, L = 5, 1, 2, 12, 4, 6
 
 
 @pytest.fixture(autouse=True)
@@ -40,23 +43,32 @@ def seeded():
 
 def small_config(**changes):
     """A fast but real configuration: DI, 4 contexts, every network at full size."""
-    settings = dict(env="di_inv", contexts=4, batch=32, random_steps=60, steps=40, eval_every=20, rollouts=1, threads=1)
-    return dmash.Config(**(settings | changes))
+    settings = dict(env="di_inv", method="dma_star_sh", contexts=4, batch=32, random_steps=60, steps=40, eval_every=20)
+    return dmash.Config(**(settings | dict(rollouts=1, threads=1) | changes))
 
 
 def small_arguments(out, **changes):
     cfg = small_config(**changes)
-    names = ("env", "contexts", "batch", "random_steps", "steps", "eval_every", "rollouts", "threads", "seed", "K")
-    return [text for name in names for text in (dmash.flag(name), str(getattr(cfg, name)))] + ["--out", str(out)]
+    names = ("env", "method", "contexts", "batch", "random_steps", "steps", "eval_every", "rollouts", "threads", "seed")
+    settings = [text for name in (*names, "K") for text in (dmash.flag(name), str(getattr(cfg, name)))]
+    return settings + ["--out", str(out)]
 
 
-def random_batch(B=B):
+def command(*arguments, code=None, cwd=HERE, environment={}):
+    script = ["-c", code] if code else [str(HERE / "dmash.py")]
+    script = [sys.executable, *script, *map(str, arguments)]
+    world = os.environ | environment
+    return subprocess.run(script, capture_output=True, text=True, cwd=cwd, timeout=300, env=world)
+
+
+def random_batch(B=B, N=N):
     return dmash.Batch(
         s=torch.randn(B, D_S),
         a=torch.rand(B, D_A) * 2 - 1,
         ds=torch.randn(B, D_S),
         r=torch.rand(B),
         tau=torch.randn(B, L, 2 * D_S + D_A),
+        c=torch.randn(N, D_C),
     )
 
 
@@ -65,7 +77,47 @@ def random_omega(B=B, **options):
 
 
 def small_agent(**changes):
-    return dmash.Agent(small_config(**changes), D_S, D_A)
+    return dmash.Agent(small_config(**changes), D_S, D_A, D_C)
+
+
+class Row(NamedTuple):
+    """What a method is."""
+
+    context: str  # inferred, true, none
+    rl: str  # how it enters π and Q, or -
+    f: str  # how it enters f, or - where there is no f
+    hypernetwork: str  # shared, own or -
+    mask: float
+    input_norm: bool
+    output_norm: bool
+    kl: float
+    into_eta: str  # the RL losses that reach η
+
+
+TABLE = """
+    dma_star_sh      inferred  adapter  adapter  shared  .4   yes  yes  0   -
+    dma_star_h       inferred  adapter  adapter  own     .4   yes  yes  0   -
+    rl_adapters      inferred  adapter  concat   own     .4   yes  yes  0   -
+    dma_star         inferred  concat   concat   -       .2   yes  yes  0   -
+    dma              inferred  concat   concat   -       0    no   no   0   -
+    dma_pearl        inferred  concat   concat   -       0    no   no   .4  -
+    concat           true      concat   -        -       0    no   no   0   -
+    da               true      adapter  -        own     0    no   no   0   -
+    dr               none      -        -        -       0    no   no   0   -
+    dma_sh           inferred  adapter  adapter  shared  0    no   no   0   -
+    no_mask          inferred  adapter  adapter  shared  0    yes  yes  0   -
+    no_input_norm    inferred  adapter  adapter  shared  .4   no   yes  0   -
+    no_output_norm   inferred  adapter  adapter  shared  .4   yes  no   0   -
+    critic_into_eta  inferred  adapter  adapter  shared  .4   yes  yes  0   critic
+    actor_into_eta   inferred  adapter  adapter  shared  .4   yes  yes  0   actor
+    both_into_eta    inferred  adapter  adapter  shared  .4   yes  yes  0   critic,actor
+"""
+TABLE = {name: row for name, *row in map(str.split, TABLE.strip().splitlines())}
+TABLE = {
+    name: Row(*how, float(mask), norm_in == "yes", norm_out == "yes", float(kl), into)
+    for name, (*how, mask, norm_in, norm_out, kl, into) in TABLE.items()
+}
+INFERRED = [name for name, row in TABLE.items() if row.context == "inferred"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -98,42 +150,88 @@ def test_masking_zeroes_whole_vectors_at_the_stated_rate():
     assert abs(both - 0.16) < 0.02  # s and δs independently
 
 
+@pytest.mark.parametrize("method", INFERRED)
+def test_the_encoder_masks_at_its_method_s_rate_and_only_if_noisy(method):
+    seen, tau = [], torch.ones(400, 25, 2 * D_S + D_A)
+    for changes, rate in (({}, TABLE[method].mask), ({"mask": 0.7}, 0.7)):  # by method, or as the user sets it
+        g = small_agent(method=method, **changes).g
+        g.embed.register_forward_pre_hook(lambda embed, inputs: seen.append(inputs[0]))
+        g(tau, noisy=True), g(tau, noisy=False)
+        masked, unmasked = seen[-2:]
+        assert torch.equal(unmasked, tau)
+        for vector in masked.split([D_S, D_A, D_S], -1):
+            assert abs((vector[..., 0] == 0).float().mean().item() - rate) < (0.02 if rate else 1e-9)
+
+
 def test_encoder_masks_in_training_mode_and_never_at_evaluation():
     g = dmash.ContextEncoder(D_S, D_A, mask=0.4)
     tau = torch.randn(B, L, 2 * D_S + D_A)
-    assert torch.equal(g(tau, train=False), g(tau, train=False))
-    assert not torch.equal(g(tau, train=True), g(tau, train=True))
+    assert torch.equal(g(tau, noisy=False)[0], g(tau, noisy=False)[0])
+    assert not torch.equal(g(tau, noisy=True)[0], g(tau, noisy=True)[0])
     unmasked = dmash.ContextEncoder(D_S, D_A, mask=0.0)
     unmasked.load_state_dict(g.state_dict())
-    torch.testing.assert_close(unmasked(tau, train=True), g(tau, train=False))
+    torch.testing.assert_close(unmasked(tau, noisy=True)[0], g(tau, noisy=False)[0])
 
 
-def test_encoder_equals_a_step_by_step_lstm():
-    g = dmash.ContextEncoder(D_S, D_A)
-    tau = torch.randn(B, L, 2 * D_S + D_A)
+@pytest.mark.parametrize("method", INFERRED)
+def test_encoder_equals_a_step_by_step_lstm(method):
+    """With the norms that the method has."""
+    g, row = small_agent(method=method).g, TABLE[method]
+    tau = 3 * torch.randn(B, L, 2 * D_S + D_A)
     cell = nn.LSTMCell(32, 32)
     cell.load_state_dict({name.removesuffix("_l0"): value for name, value in g.lstm.state_dict().items()})
     h = c = torch.zeros(B, 32)
     for i in range(L):
         x = tau[:, i] @ g.embed.weight.T
-        x = x / x.abs().mean(-1, keepdim=True)
+        x = x / x.abs().mean(-1, keepdim=True) if row.input_norm else x
         h, c = cell(x, (h, c))
-    z = (h @ g.project.weight.T).reshape(B, 2, 4).softmax(-1).reshape(B, 8)
-    torch.testing.assert_close(g(tau, train=False), z)
+    z = h @ g.project.weight.T
+    z = z.reshape(B, 2, 4).softmax(-1).reshape(B, 8) if row.output_norm else z
+    torch.testing.assert_close(g(tau, noisy=False)[0], z)
+
+
+def test_gaussian_code_equals_torch_distributions():
+    """DMA-Pearl: the mean at evaluation, a sample if noisy; its KL as torch.distributions has it."""
+    g, n = small_agent(method="dma_pearl").g, 4000
+    with torch.no_grad():
+        g.project.weight *= 8  # so that means are not all close to zero
+        g.variance.weight *= 8
+    tau = torch.randn(1, L, 2 * D_S + D_A).expand(n, -1, -1)
+    _, (last, _) = g.lstm(g.embed(tau).transpose(0, 1))
+    mean, variance = last[0] @ g.project.weight.T, torch.log1p((last[0] @ g.variance.weight.T).exp())
+    normal = torch.distributions.Normal(mean.double(), variance.double().sqrt())
+    unit = torch.distributions.Normal(torch.zeros(8).double(), torch.ones(8).double())
+    (z, kl), (sample, noisy_kl) = g(tau, noisy=False), g(tau, noisy=True)
+    torch.testing.assert_close(z, mean)
+    for ours in (kl, noisy_kl):
+        torch.testing.assert_close(ours.double(), torch.distributions.kl_divergence(normal, unit).mean())
+    standard = (sample - mean) / variance.sqrt()
+    assert standard.mean(0).abs().max() < 5 / math.sqrt(n) and (standard.std(0) - 1).abs().max() < 5 / math.sqrt(2 * n)
+    assert (np.corrcoef(standard.T.detach()) - np.eye(8)).max() < 5 / math.sqrt(n)  # each dimension for itself
+    gradient = torch.autograd.grad(sample.sum(), [g.project.weight, g.variance.weight])  # reparameterised
+    assert all(grad.abs().sum() > 0 for grad in gradient)
 
 
 def test_subsampling_size_and_order():
-    random = dmash.subsample(300, 24, 4, train=True)
+    random = dmash.subsample(300, 24, 4, noisy=True)
     assert random.shape == (300, 4)
     assert all(len(set(row)) == 4 for row in random.tolist())  # without repetition
     assert torch.bincount(random.flatten(), minlength=24).min() > 20  # every position (50 expected)
     assert (random.diff() < 0).any() and (random.diff() > 0).any()  # in random order
     assert len({tuple(row) for row in random.tolist()}) > 290  # drawn per sample
-    even = dmash.subsample(3, 24, 4, train=False)
-    assert even.tolist() == [[0, 8, 15, 23]] * 3
+    even = dmash.subsample(3, 24, 4, noisy=False)
+    assert even.tolist() == [[0, 7, 15, 23]] * 3  # rounded down, as in the published code
     for K, L in ((128, 25), (24, 4), (7, 1), (1, 1)):
-        i = dmash.subsample(1, K, L, train=False)[0]
+        i = dmash.subsample(1, K, L, noisy=False)[0]
         assert i.shape == (L,) and i.min() >= 0 and i.max() < K and (L == 1 or (i.diff() > 0).all())
+
+
+@pytest.mark.parametrize("K", [*range(1, 40), 128, 1000])
+def test_even_subsampling_is_rounded_down(K):
+    """⌊i (K-1) / (L-1)⌋, i = 0 ... L-1, in fractions; the oldest alone where L = 1."""
+    for L in range(1, K + 1):
+        by_hand = [math.floor(Fraction(i * (K - 1), L - 1)) if L > 1 else 0 for i in range(L)]
+        assert dmash.subsample(2, K, L, noisy=False).tolist() == [by_hand] * 2
 
 
 def test_window_share_is_rounded_down():
@@ -145,32 +243,34 @@ def test_window_share_is_rounded_down():
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def test_adapter_and_hypernetwork_equal_a_per_sample_loop():
-    h, n = dmash.Hypernetwork(), 2
-    z, x = torch.randn(B, 8, requires_grad=True), torch.randn(B, n, 256, requires_grad=True)
+@pytest.mark.parametrize("n", [1, 3])
+def test_adapter_and_hypernetwork_equal_a_per_sample_loop(n):
+    """Each row of ω serves n samples that follow each other. In double precision: what is left is rounding."""
+    h, exact = dmash.Hypernetwork().double(), dict(dtype=torch.float64)
+    z, x = torch.randn(B, 8, **exact, requires_grad=True), torch.randn(B * n, 256, **exact, requires_grad=True)
     weights = [z, x, *h.parameters()]
 
     fast = dmash.adapter(x, h(z))
-    slow = torch.zeros(B, n, 256)
+    slow = torch.zeros(B * n, 256, **exact)
     for b in range(B):
-        hidden = torch.cat([h.trunk(z[b]), torch.ones(1)])
+        hidden, shapes = h.trunk(z[b]), ((256, 32), (32,), (32, 256), (256,))
         W_down, b_down, W_up, b_up = (
-            (hidden @ head).reshape(shape) for head, shape in zip(h.heads, ((256, 32), (32,), (32, 256), (256,)))
+            (head.weight @ hidden + head.bias).reshape(shape) for head, shape in zip(h.heads, shapes)
         )
-        for i in range(n):  # column form, as in Eq. 3
-            slow[b, i] = W_up.T @ torch.relu(W_down.T @ x[b, i] + b_down) + b_up
-    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
+        for i in range(b * n, (b + 1) * n):  # column form, as in Eq. 3
+            slow[i] = W_up.T @ torch.relu(W_down.T @ x[i] + b_down) + b_up
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
     direction = torch.randn_like(fast)
     for g_fast, g_slow in zip(
         torch.autograd.grad(fast, weights, direction), torch.autograd.grad(slow, weights, direction)
     ):
-        torch.testing.assert_close(g_fast, g_slow, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(g_fast, g_slow, rtol=1e-9, atol=1e-12)
 
 
 def test_hypernetwork_heads_start_as_pytorch_linear_layers():
     torch.manual_seed(0)
     head, linear = dmash.Hypernetwork().heads[0], nn.Linear(64, 256 * 32)
-    for ours, theirs in ((head[:-1], linear.weight), (head[-1], linear.bias)):
+    for ours, theirs in ((head.weight, linear.weight), (head.bias, linear.bias)):
         assert abs(ours.std() / theirs.std() - 1) < 0.05 and ours.abs().max() <= 1 / 8
 
 
@@ -183,19 +283,32 @@ def test_sizes_of_omega():
     ]
 
 
+@pytest.mark.parametrize("how", ["adapter", "own adapter", "concat", "nothing"])
 @pytest.mark.parametrize("n", [1, 2])
-def test_adapted_network_equals_separate_networks(n):
-    """Trunk without a last activation, skip connection, ReLU after the sum, head; every network its own weights."""
-    net, omega, inputs = dmash.AdaptedNetwork(7, 3, n=n), random_omega(), torch.randn(B, 7)
-    out = net(inputs, omega)
-    assert out.shape == (n, B, 3)
-    first, _, second = net.trunk
-    for i in range(n):
-        x = torch.relu(inputs @ first.weight[i] + first.bias[i]) @ second.weight[i] + second.bias[i]
-        adapted = torch.relu(x + dmash.adapter(x.unsqueeze(1), omega).squeeze(1))
-        torch.testing.assert_close(out[i], adapted @ net.head.weight[i] + net.head.bias[i], rtol=1e-4, atol=1e-5)
+def test_adapted_network_equals_separate_networks(n, how):
+    """Trunk without a last activation, skip connection, ReLU after the sum, head; every network its own weights. What
+    is concatenated stands last. n = 2: the critics, a column each."""
+    options = dict(how=how.removeprefix("own "), d_told=8, own=dmash.Hypernetwork if how == "own adapter" else None)
+    inputs, told = torch.randn(B, 7), random_omega() if how == "adapter" else torch.randn(B, 8)
+    if n == 1:
+        net = dmash.Network(7, 3, **options)
+        nets, outs = [net], [net(inputs, told)]
+        assert outs[0].shape == (B, 3)
+    else:
+        critics = dmash.Critics(4, 3, **options)
+        out = critics(*inputs.split([4, 3], -1), told)
+        assert out.shape == (B, 2)
+        nets, outs = [critics.Q1, critics.Q2], out.split(1, -1)
+    for net, out in zip(nets, outs):
+        first, _, second = net.trunk
+        x = torch.cat([inputs, told], -1) if how == "concat" else inputs
+        x = torch.relu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias
+        if "adapter" in how:
+            x = x + dmash.adapter(x, net.own(told) if how == "own adapter" else told)
+        by_hand = torch.relu(x) @ net.head.weight.T + net.head.bias
+        torch.testing.assert_close(out, by_hand, rtol=1e-4, atol=1e-5)
     if n == 2:
-        assert not torch.equal(out[0], out[1])
+        assert not torch.equal(outs[0], outs[1])
 
 
 def test_the_same_omega_modulates_all_three_users():
@@ -209,6 +322,249 @@ def test_the_same_omega_modulates_all_three_users():
     omega, other = random_omega(), random_omega()
     for user in users:
         assert user(omega).shape[0] == B and not torch.allclose(user(omega), user(other))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Methods
+# ---------------------------------------------------------------------------------------------------------------
+
+# Inputs and outputs of the published code (commit c74cb4a) for weights set by a formula, encoder in evaluation mode
+REFERENCE = HERE / "results" / "method_reference.npz"
+
+
+def wave(k, *shape):
+    """What tensor number k holds: sin(.7 i + k) / √fan, i its entries' number in row-major order."""
+    fan = shape[-1] if len(shape) > 1 else 64
+    return torch.from_numpy(np.sin(0.7 * np.arange(math.prod(shape)) + k) / math.sqrt(fan)).float().reshape(shape)
+
+
+@torch.no_grad()
+def set_layers(k, *layers):
+    """Weights and biases of layers, numbered from k on."""
+    for i, p in enumerate(p for layer in layers for p in (layer.weight, layer.bias)):
+        p.copy_(wave(k + i, *p.shape))
+
+
+@torch.no_grad()
+def set_hypernetwork(k, h):
+    """The reference has one output layer, and ω in the column form of Eq. 3: W_down (32, 256), W_up (256, 32)."""
+    set_layers(k, h.trunk[0], h.trunk[2])
+    sizes = [256 * 32, 32, 32 * 256, 256]
+    columns = zip(wave(k + 4, 16672, 64).split(sizes), wave(k + 5, 16672).split(sizes))
+    for head, (weight, bias), shape in zip(h.heads, columns, ((32, 256), (32, 1), (256, 32), (256, 1))):
+        head.weight.copy_(weight.unflatten(0, shape).transpose(0, 1).flatten(0, 1))
+        head.bias.copy_(bias.unflatten(0, shape).T.flatten())
+
+
+def reference_agent(method):
+    """d_s = 5, d_a = 2, d_c = 2, with the weights of the reference."""
+    agent = dmash.Agent(small_config(method=method), 5, 2, 2)
+    if agent.g:
+        lstm = agent.g.lstm
+        tensors = [agent.g.embed.weight, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0]
+        tensors += [agent.g.project.weight] + ([agent.g.variance.weight] if method == "dma_pearl" else [])
+        for k, tensor in enumerate(tensors):
+            tensor.data.copy_(wave(k, *tensor.shape))
+    for net, k, own in ((agent.f, 20, 10), (agent.pi, 30, 60), (agent.Q.Q1, 40, 70), (agent.Q.Q2, 50, 80)):
+        if net:
+            set_layers(k, net.trunk[0], net.trunk[2], net.head)
+            if net.own:
+                set_hypernetwork(own, net.own)
+    heads = [wave(34, 2, 256), wave(36, 2, 256)], [wave(35, 2), wave(37, 2)]  # mean and log-std: one layer here
+    agent.pi.head.weight.data.copy_(torch.cat(heads[0]))
+    agent.pi.head.bias.data.copy_(torch.cat(heads[1]))
+    if agent.h:
+        set_hypernetwork(10, agent.h)
+    return agent
+
+
+@pytest.mark.parametrize("method", ["dma_star_sh", "dma_star_h", "dma_star", "dma", "dma_pearl", "concat", "da"])
+def test_every_method_computes_what_the_published_code_does(method):
+    with np.load(REFERENCE) as file:
+        reference = {name: torch.from_numpy(file[name]) for name in file}
+    expected = {name.removeprefix(method + "/"): x for name, x in reference.items() if name.startswith(method + "/")}
+    s, a, ds, c = (reference[name] for name in ("s", "a", "ds", "c"))
+    whole = torch.cat([reference[f"window/{name}"] for name in ("s", "a", "ds")], -1)  # (6, 24, 12)
+    tau = whole[:, dmash.subsample(1, 24, 4, noisy=False)[0]]
+    agent = reference_agent(method)
+    z, told, kl = agent.tell(tau, c, noisy=False)
+    computed = {}
+    if method == "dma_pearl":  # encoder only
+        computed |= {"z_mean": z, "kl": kl}
+        expected["kl"] = expected["kl"].mean()
+    else:
+        computed["mean"], computed["log_std"] = agent.pi(s, told)
+        computed["Q"] = agent.Q(s, a, told)
+        computed |= {"f": agent.f(s, a, told)} if agent.f else {}
+        computed |= {"z": z} if "z" in expected else {}
+    if method == "dma_star_sh":
+        omega = torch.cat([told.W_down.mT.flatten(1), told.b_down[:, 0], told.W_up.mT.flatten(1), told.b_up[:, 0]], -1)
+        computed |= {"omega_sum": omega.sum(-1), "omega_first_last": torch.cat([omega[:, :4], omega[:, -4:]], -1)}
+        computed["loss"] = dmash.dynamics_loss(agent.f, told, dmash.Batch(s, a, ds, None, tau, c))
+        computed["loss"].backward()
+        for name, network in (("encoder", agent.g), ("hypernetwork", agent.h), ("f", agent.f)):
+            norms = [p.grad.norm() for p in network.parameters()]
+            if network is agent.h:  # the reference's output layer is our four heads
+                norms = [*norms[:4], torch.stack(norms[4::2]).norm(), torch.stack(norms[5::2]).norm()]
+            computed[f"grad_norm/{name}"] = torch.stack(norms)
+    assert set(computed) == set(expected)
+    for name, value in computed.items():
+        atol = 1e-5 if name == "omega_sum" else 2e-6
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=atol, msg=lambda text: f"{name}: {text}")
+
+
+def test_the_table_names_every_method():
+    assert set(TABLE) == set(dmash.METHODS) == set(ROUTING)
+    assert dmash.Config().method == "dma_star_sh" and dmash.METHODS["dma_star_sh"] == dmash.Method("DMA*-SH")
+
+
+@pytest.mark.parametrize("method", TABLE)
+def test_a_method_has_the_networks_of_its_row(method):
+    """Which there are, what stands inside them, and how many parameters that makes, counted by hand."""
+    agent, row = small_agent(method=method), TABLE[method]
+    d_told = {"inferred": 8, "true": D_C, "none": 0}[row.context]
+    d_more = d_told if row.rl == "concat" else 0
+
+    def layer(d_in, d_out):
+        return d_in * d_out + d_out
+
+    hypernetwork = layer(d_told, 64) + layer(64, 64) + layer(64, 2 * 256 * 32 + 32 + 256)
+    inside = {how: hypernetwork if (how, row.hypernetwork) == ("adapter", "own") else 0 for how in (row.rl, row.f)}
+    d_told_f = d_told if row.f == "concat" else 0
+
+    def network(d_in, d_out, how):
+        return layer(d_in, 256) + layer(256, 256) + layer(256, d_out) + inside[how]
+
+    sizes = {
+        "g": 32 * (2 * D_S + D_A) + 4 * 32 * (32 + 32 + 2) + 8 * 32 * (2 if row.kl else 1),
+        "h": hypernetwork,
+        "f": network(D_S + D_A + d_told_f, D_S, row.f),
+        "pi": network(D_S + d_more, 2 * D_A, row.rl),
+        "Q": 2 * network(D_S + D_A + d_more, 1, row.rl),
+        "Q_target": 2 * network(D_S + D_A + d_more, 1, row.rl),
+    }
+    missing = {"g"} if row.context != "inferred" else set()
+    missing |= {"h"} if row.hypernetwork != "shared" else set()
+    missing |= {"f"} if row.f == "-" else set()
+    for name, size in sizes.items():
+        if name in missing:
+            assert getattr(agent, name) is None, name
+        else:
+            assert sum(p.numel() for p in getattr(agent, name).parameters()) == size, name
+    users = {"pi": (agent.pi, row.rl), "Q1": (agent.Q.Q1, row.rl), "Q2": (agent.Q.Q2, row.rl)}
+    for name, (net, how) in (users | ({} if row.f == "-" else {"f": (agent.f, row.f)})).items():
+        own = [module for module in net.modules() if isinstance(module, dmash.Hypernetwork)]
+        assert len(own) == (how == "adapter" and row.hypernetwork == "own"), name
+    everything = [id(p) for name in sizes if name not in missing for p in getattr(agent, name).parameters()]
+    assert len(everything) == len(set(everything))  # nothing is shared by being the same object
+    for p, target in zip(agent.Q.parameters(), agent.Q_target.parameters(), strict=True):
+        assert torch.equal(p, target) and not target.requires_grad
+
+
+def test_sizes_of_the_paper_s_methods():
+    """On Cartpole, without target critics."""
+    sizes = {}
+    for method in ("dma_star_sh", "da"):
+        agent = dmash.Agent(dmash.Config(env="cartpole_inv", method=method), 5, 1, 2)
+        networks = [agent.g, agent.h, agent.f, agent.pi, agent.Q]
+        sizes[method] = sum(p.numel() for network in networks if network for p in network.parameters())
+    assert {method: round(size / 1e6, 2) for method, size in sizes.items()} == {"dma_star_sh": 1.37, "da": 3.47}
+
+
+@pytest.mark.parametrize("method", TABLE)
+def test_networks_are_told_what_the_row_says(method):
+    """z or c or ω or nothing; their outputs change with what it comes from, window or true context, and that alone."""
+    agent, row, batch, other = small_agent(method=method), TABLE[method], random_batch(), random_batch()
+
+    def outputs(tau, c):
+        _, told, _ = agent.tell(tau, c, noisy=False)
+        users = {"π": lambda: torch.cat(agent.pi(batch.s, told), -1)}
+        users |= {"Q": lambda: agent.Q(batch.s, batch.a, told), "Q̄": lambda: agent.Q_target(batch.s, batch.a, told)}
+        users |= {"f": lambda: agent.f(batch.s, batch.a, told)} if agent.f else {}
+        return {name: user() for name, user in users.items()}
+
+    first, window, context = outputs(batch.tau, batch.c), outputs(other.tau, batch.c), outputs(batch.tau, other.c)
+    assert ("f" in first) == (row.context == "inferred")
+    for name, out in first.items():
+        assert len(out) == B
+        for changed, by in ((window, "inferred"), (context, "true")):
+            if row.context == by:
+                assert not torch.isclose(changed[name], out).all(-1).any(), name  # for every sample
+            else:
+                assert torch.equal(changed[name], out), name
+
+    z, told, kl = agent.tell(batch.tau, batch.c, noisy=False)
+    if row.context == "inferred":
+        assert torch.equal(z, agent.g(batch.tau, noisy=False)[0]) and z.shape == (B, 8)
+        expected = agent.h(z) if row.hypernetwork == "shared" else z
+        assert all(torch.equal(x, y) for x, y in zip(told, expected, strict=True)) and type(told) is type(expected)
+    else:
+        assert z is None and told is (batch.c if row.context == "true" else None)
+    assert (kl > 0) == (row.kl > 0)
+
+
+@pytest.mark.parametrize("method", TABLE)
+def test_noise_in_what_is_told(method):
+    """Masks and DMA-Pearl's samples: drawn anew each time if noisy, never at evaluation."""
+    agent, row, batch = small_agent(method=method), TABLE[method], random_batch()
+    first, second = (agent.tell(batch.tau, batch.c, noisy=True)[0] for _ in range(2))
+    clean, again = (agent.tell(batch.tau, batch.c, noisy=False)[0] for _ in range(2))
+    if row.context == "inferred":
+        assert torch.equal(clean, again)
+        assert torch.equal(first, second) == torch.equal(first, clean) == (row.mask == 0 and row.kl == 0)
+    generator = torch.get_rng_state()
+    agent.tell(batch.tau, batch.c, noisy=False)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("method", ["concat", "da"])
+def test_a_row_of_c_serves_all_samples_of_its_context(method):
+    """The same as c repeated for every sample, and as sample by sample; also the losses and their gradients."""
+    agent, batch = small_agent(method=method), random_batch()
+    each = batch._replace(c=batch.c.repeat_interleave(B // N, 0))
+    users = {
+        "π": lambda s, a, c: torch.cat(agent.pi(s, c), -1),
+        "Q": agent.Q,
+        "Q̄": agent.Q_target,
+    }
+    for name, user in users.items():
+        out = user(batch.s, batch.a, batch.c)
+        torch.testing.assert_close(out, user(batch.s, batch.a, each.c), msg=name)
+        for b in range(B):
+            n = b // (B // N)
+            alone = user(batch.s[b : b + 1], batch.a[b : b + 1], batch.c[n : n + 1])
+            torch.testing.assert_close(out[b : b + 1], alone, rtol=1e-4, atol=1e-5, msg=name)
+    grads = []
+    for told, data in ((batch.c, batch), (each.c, each)):
+        torch.manual_seed(5)
+        loss = dmash.critic_loss(agent.pi, agent.Q, agent.Q_target, agent.alpha, told, data, 0.99)
+        grads.append(torch.autograd.grad(loss, list(agent.Q.parameters())))
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+# On how many rows each hypernetwork runs, each time that it does, in an update that updates the policy too: the shared
+# one, and own ones in f, in π, in a critic and in its target
+HYPERNETWORKS = {
+    "dma_star_sh": {"η": [B]},
+    "critic_into_eta": {"η": [B] * 2},
+    "actor_into_eta": {"η": [B] * 3},  # for each of the two updates of the policy
+    "both_into_eta": {"η": [B] * 4},
+    "dma_star_h": {"f": [B], "π": [B] * 3, "Q₁": [B] * 3, "Q̄₁": [B]},
+    "rl_adapters": {"π": [B] * 3, "Q₁": [B] * 3, "Q̄₁": [B]},
+    "da": {"π": [N] * 3, "Q₁": [N] * 3, "Q̄₁": [N]},  # a row per context, not per sample
+}
+
+
+@pytest.mark.parametrize("method", HYPERNETWORKS)
+def test_hypernetworks_run_no_oftener_than_needed(method):
+    agent, ran = small_agent(method=method), {}
+    places = {"f": agent.f, "π": agent.pi, "Q₁": agent.Q.Q1, "Q̄₁": agent.Q_target.Q1}
+    for name, h in [("η", agent.h)] + [(name, net.own) for name, net in places.items() if net]:
+        if h:
+            h.register_forward_pre_hook(lambda h, z, name=name: ran.setdefault(name, []).append(len(z[0])))
+    agent.update(random_batch(), 2)
+    assert ran == HYPERNETWORKS[method]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -226,6 +582,18 @@ def test_log_probability_equals_torch_distributions():
         torch.distributions.Normal(mu.double(), log_std.double().exp()), transforms
     )
     torch.testing.assert_close(logp.double(), oracle.log_prob(a.double()).sum(-1), rtol=1e-3, atol=1e-3)
+
+
+def test_log_std_fills_its_range():
+    """tanh squashes it into [-5, 2]."""
+    pi, s, omega = dmash.Actor(D_S, 1), torch.randn(B, D_S), random_omega()
+    with torch.no_grad():
+        pi.head.weight[:] = 0
+        for raw in (-50.0, -1.0, 0.0, 2.0, 50.0):
+            pi.head.bias[:] = torch.tensor([0.5, raw])
+            mu, log_std = pi(s, omega)
+            torch.testing.assert_close(mu, torch.full((B, 1), 0.5))
+            torch.testing.assert_close(log_std, torch.full((B, 1), -5 + 7 * (math.tanh(raw) + 1) / 2))
 
 
 def test_log_probability_stays_finite_where_tanh_saturates():
@@ -252,7 +620,7 @@ def test_bellman_target_by_hand_and_through_the_time_limit():
         last, a = s, env.action_space.sample()
         s, r, terminated, truncated, _ = env.step(a)
     assert env.t == 100 and not terminated
-    replay = dmash.Replay(1, 10, 4, 2, K=1, L=1)
+    replay = dmash.Replay(torch.zeros(1, 2), 10, 4, 2, K=1, L=1)
     replay.add(*(torch.tensor(x).unsqueeze(0) for x in (last, a, np.float32(r), s)))
     replay.add(*(torch.tensor(x).unsqueeze(0) for x in (last, a, np.float32(r), s)))
     batch = replay.sample(4)
@@ -286,70 +654,224 @@ def test_actor_and_temperature_loss_by_hand():
     assert not logp.requires_grad
 
 
-# Rows: steps of Algorithm 2. Columns: the parameters that each changes. All others it leaves alone.
+# ---------------------------------------------------------------------------------------------------------------
+# Algorithm 2: which loss trains what
+# ---------------------------------------------------------------------------------------------------------------
+
+# The parameters that the step on the dynamics, the critic and the policy loss changes; it leaves all others alone.
+# An own hypernetwork is part of its network.
 ROUTING = {
-    "dynamics_step": {"φ", "η", "θ"},
-    "critic_step": {"ζ"},
-    "actor_step": {"ξ", "α"},
-    "target_step": {"ζ target"},
+    "dma_star_sh": ("φηθ", "ζ", "ξ"),
+    "dma_star_h": ("φθ", "ζ", "ξ"),
+    "rl_adapters": ("φθ", "ζ", "ξ"),
+    "dma_star": ("φθ", "ζ", "ξ"),
+    "dma": ("φθ", "ζ", "ξ"),
+    "dma_pearl": ("φθ", "ζ", "ξ"),
+    "concat": (None, "ζ", "ξ"),
+    "da": (None, "ζ", "ξ"),
+    "dr": (None, "ζ", "ξ"),
+    "dma_sh": ("φηθ", "ζ", "ξ"),
+    "no_mask": ("φηθ", "ζ", "ξ"),
+    "no_input_norm": ("φηθ", "ζ", "ξ"),
+    "no_output_norm": ("φηθ", "ζ", "ξ"),
+    "critic_into_eta": ("φηθ", "ζη", "ξ"),
+    "actor_into_eta": ("φηθ", "ζ", "ξη"),
+    "both_into_eta": ("φηθ", "ζη", "ξη"),
 }
 
 
 def parameter_groups(agent):
-    groups = {"φ": agent.g, "η": agent.h, "θ": agent.f, "ξ": agent.pi, "ζ": agent.Q, "ζ target": agent.Q_target}
-    return {name: list(module.parameters()) for name, module in groups.items()} | {"α": [agent.log_alpha]}
+    groups = {"φ": agent.g, "η": agent.h, "θ": agent.f, "ξ": agent.pi, "ζ": agent.Q, "ζ̄": agent.Q_target}
+    return {name: list(module.parameters()) for name, module in groups.items() if module} | {"α": [agent.log_alpha]}
 
 
-@pytest.mark.parametrize("step", ROUTING)
-def test_gradient_routing(step):
-    agent, batch = small_agent(), random_batch()
-    omega = agent.h(agent.g(batch.tau, train=True))  # with its graph: nothing but the losses stops the gradient
-    agent.critic_step(batch, omega)  # so that the target critics have somewhere to move
-    groups = parameter_groups(agent)
-    before = {name: [p.detach().clone() for p in group] for name, group in groups.items()}
-    arguments = {"dynamics_step": (batch,), "target_step": ()}.get(step, (batch, omega))
-    getattr(agent, step)(*arguments)
-    changed = {
-        name for name, group in groups.items() if any(not torch.equal(p, q) for p, q in zip(group, before[name]))
-    }
-    assert changed == ROUTING[step]
-    for name in changed:
-        assert all(not torch.equal(p, q) for p, q in zip(groups[name], before[name])), f"part of {name} is untouched"
+def leads_to(loss, groups):
+    """The groups in which the graph of `loss` ends, whatever a step on it would change."""
+    seen, nodes, ends = set(), [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ends.add(id(getattr(node, "variable", None)))
+            nodes += [following for following, _ in node.next_functions]
+    reached = {name for name, group in groups.items() if any(id(p) in ends for p in group)}
+    for name in reached:
+        assert all(id(p) in ends for p in groups[name]), f"part of {name} only"
+    return reached
 
 
-def test_rl_losses_see_omega_as_a_constant():
-    """Eq. 2: with the whole graph of ω at hand, only Eq. 1 has a gradient for φ and η, and a non-zero one."""
-    agent, batch = small_agent(), random_batch()
-    omega = agent.h(agent.g(batch.tau, train=True))
-    losses = {
-        "dynamics": dmash.dynamics_loss(agent.f, omega, batch),
-        "critic": dmash.critic_loss(agent.pi, agent.Q, agent.Q_target, agent.alpha, omega, batch, 0.99),
-        "actor": dmash.actor_loss(agent.pi, agent.Q, agent.alpha, omega, batch)[0],
-    }
-    reaches = {"dynamics": {"φ", "η", "θ"}, "critic": {"ζ"}, "actor": {"ξ", "ζ"}}  # the actor's loss steps ξ only
-    for name, loss in losses.items():
-        for group, parameters in parameter_groups(agent).items():
-            if group in ("ζ target", "α"):
-                continue
-            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            if group in reaches[name]:
-                assert all(g is not None for g in grads) and sum(g.abs().sum() for g in grads) > 0, (name, group)
-            else:
-                assert all(g is None for g in grads), (name, group)
+class Watch:
+    """Looks into `update` while it runs: `rows` is what was stepped on, which groups that led to, and which it changed;
+    `told` what each loss was told."""
+
+    NAMES = ("dynamics_loss", "critic_loss", "actor_loss", "temperature_loss")
+
+    def __init__(self, agent, monkeypatch):
+        self.groups, self.rows, self.told, self.agent = parameter_groups(agent), [], [], agent
+        self.loss, self.minimise, self.last = None, dmash.minimise, self.values()
+        for name in self.NAMES:
+            monkeypatch.setattr(dmash, name, self.spied(name, getattr(dmash, name)))
+        monkeypatch.setattr(dmash, "minimise", self.step)
+
+    def spied(self, name, original):
+        def loss(*arguments):
+            self.loss = name
+            told = {"dynamics_loss": 1, "critic_loss": 4, "actor_loss": 3}.get(name)
+            if told:
+                self.told.append((name, arguments[told]))
+            return original(*arguments)
+
+        return loss
+
+    def values(self):
+        return {name: [p.detach().clone() for p in group] for name, group in self.groups.items()}
+
+    def changed(self):
+        """Since it was last asked."""
+        last, self.last, names = self.last, self.values(), set()
+        for name, group in self.last.items():
+            moved = [not torch.equal(p, q) for p, q in zip(group, last[name])]
+            assert all(moved) or not any(moved), f"part of {name} is untouched"
+            names |= {name} if any(moved) else set()
+        return names
+
+    def step(self, loss, optimizer):
+        assert not self.changed()  # nothing moves but by a step
+        before = [(p, p.grad, p.grad.clone()) for group in self.groups.values() for p in group if p.grad is not None]
+        reached, result = leads_to(loss, self.groups), self.minimise(loss, optimizer)
+        self.rows.append((self.loss, reached, self.changed()))
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for p, grad, value in before:  # no other parameter's gradient is touched
+            assert id(p) in mine or (p.grad is grad and torch.equal(grad, value))
+        assert not result.requires_grad and result == loss
+        return result
+
+    def update(self, batch, step):
+        self.rows, self.told = [], []
+        losses = self.agent.update(batch, step)
+        return losses, self.rows, self.changed()
 
 
-def test_update_schedule():
+@pytest.mark.parametrize("method", TABLE)
+def test_gradient_routing(method, monkeypatch):
+    """What every loss in `update` leads to, and what its step changes: in the order of Algorithm 2, with nothing moving
+    in between. An RL loss that leads to φ or η would be caught even where its step does not change them."""
+    agent, batch, (dynamics, critic, actor) = small_agent(method=method), random_batch(), ROUTING[method]
+    watch = Watch(agent, monkeypatch)
+    first = [("dynamics_loss", set(dynamics), set(dynamics))] if dynamics else []
+    first += [("critic_loss", set(critic), set(critic))]
+    policy = ("actor_loss", set(actor) | {"ζ"}, set(actor))  # through Q(s, a), which it does not step
+    then = [policy, ("temperature_loss", {"α"}, {"α"})] * 2
+    for step in (1, 2):
+        losses, rows, at_last = watch.update(batch, step)
+        assert rows == first + then * (step % 2 == 0)
+        assert at_last == {"ζ̄"}
+        names = ["dynamics_loss"] * bool(dynamics) + ["critic_loss"] + ["actor_loss"] * (step % 2 == 0) + ["alpha"]
+        assert list(losses) == names
+        assert all(value.ndim == 0 and not value.requires_grad and value.isfinite() for value in losses.values())
+
+
+@pytest.mark.parametrize("method", TABLE)
+def test_rl_losses_see_omega_as_a_constant(method, monkeypatch):
+    """Eq. 2: all are told the same, of one draw of masks, and the RL losses as a constant. Where such a loss may reach
+    η, it is told ω made afresh of the same z, which remains a constant."""
+    agent, batch, tell, codes = small_agent(method=method), random_batch(), dmash.Agent.tell, []
+    monkeypatch.setattr(dmash.Agent, "tell", lambda *args, **more: codes.append(tell(*args, **more)) or codes[-1])
+    omegas = []
+    if agent.h:
+        agent.h.register_forward_hook(lambda h, inputs, omega: omegas.append((inputs[0], omega)))
+    watch = Watch(agent, monkeypatch)
+    watch.update(batch, 2)
+    assert len(codes) == 1  # one draw
+    z, told, _ = codes[0]
+
+    def tensors(told):
+        return list(told) if isinstance(told, tuple) else [told]
+
+    assert [name for name, _ in watch.told] == ["dynamics_loss"] * bool(agent.f) + ["critic_loss"] + ["actor_loss"] * 2
+    for name, seen in watch.told:
+        if name == "dynamics_loss":
+            assert seen is told and all(x.requires_grad for x in tensors(seen))
+        elif name.removesuffix("_loss") in TABLE[method].into_eta:
+            (code, _), *_ = [(code, omega) for code, omega in omegas if omega is seen]
+            assert torch.equal(code, z) and not code.requires_grad
+            assert all(x.requires_grad and not torch.equal(x, y) for x, y in zip(seen, told))  # η has moved
+        elif TABLE[method].context == "none":
+            assert seen is None
+        else:
+            assert type(seen) is type(told) and not any(x.requires_grad for x in tensors(seen))
+            assert all(torch.equal(x, y) for x, y in zip(tensors(seen), tensors(told), strict=True))
+
+
+@pytest.mark.parametrize("method", TABLE)
+def test_every_group_has_an_adam_of_its_own(method, monkeypatch):
+    """At its own rate, for each loss that steps it: η has as many as there are losses that reach it. The update with
+    its optimizers, which may share one among groups, against a separate Adam for each."""
+    rates = {"φ": 1e-3, "η": 1e-3, "θ": 1e-3, "ζ": 2e-3, "ξ": 3e-3, "α": 4e-3}
+    changes = dict(method=method, dynamics_lr=1e-3, critic_lr=2e-3, actor_lr=3e-3, alpha_lr=4e-3)
+    batches, agents = [random_batch() for _ in range(4)], []
+
+    def train():
+        torch.manual_seed(1)
+        agent = small_agent(**changes)
+        agents.append(agent)
+        for step, batch in enumerate(batches, start=1):
+            agent.update(batch, step)
+        return parameter_groups(agent)
+
+    ours, adams = train(), {}
+
+    def separate(loss, optimizer):
+        groups, given = parameter_groups(agents[-1]), {id(p) for g in optimizer.param_groups for p in g["params"]}
+        for name, group in groups.items():
+            if given & {id(p) for p in group}:
+                key = optimizer, name
+                if key not in adams:
+                    adams[key] = torch.optim.Adam(group, rates[name], fused=True)
+                adams[key].zero_grad()
+        mine = [adam for (owner, _), adam in adams.items() if owner is optimizer]
+        loss.backward(inputs=[p for adam in mine for p in adam.param_groups[0]["params"]])
+        for adam in mine:
+            adam.step()
+        return loss.detach()
+
+    monkeypatch.setattr(dmash, "minimise", separate)
+    theirs = train()
+    dynamics, critic, actor = ROUTING[method]
+    assert sorted(name for _, name in adams) == sorted((dynamics or "") + critic + actor + "α")
+    for name, group in ours.items():
+        for p, q in zip(group, theirs[name], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5, msg=lambda text: f"{name}: {text}")
+
+
+def test_kl_enters_the_dynamics_loss_as_a_factor(monkeypatch):
+    """DMA-Pearl: L (1 + .4 KL), with the mean KL of its codes; reported is L."""
+    agent, batch, steps = small_agent(method="dma_pearl"), random_batch(), []
+    with torch.no_grad():
+        agent.g.variance.weight *= 20  # a KL that is not all but zero
+    _, (last, _) = agent.g.lstm(agent.g.embed(batch.tau).transpose(0, 1))
+    mean, variance = last[0] @ agent.g.project.weight.T, torch.log1p((last[0] @ agent.g.variance.weight.T).exp())
+    normal, unit = torch.distributions.Normal(mean, variance.sqrt()), torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(normal, unit).mean()
+    minimise = dmash.minimise
+    monkeypatch.setattr(dmash, "minimise", lambda loss, opt: steps.append(loss.detach()) or minimise(loss, opt))
+    losses = agent.update(batch, 1)
+    torch.testing.assert_close(steps[0], losses["dynamics_loss"] * (1 + 0.4 * kl))
+    assert kl > 0.01
+
+
+@pytest.mark.parametrize("method", TABLE)
+def test_update_schedule(method, monkeypatch):
     """The policy is updated at every second step, twice; the targets move by τ at every step."""
-    agent, batch, calls = small_agent(), random_batch(), []
-    original = agent.actor_opt.step
-    agent.actor_opt.step = lambda *args: (calls.append(1), original(*args))
-    before = [p.clone() for p in agent.Q_target.parameters()]
+    agent, batch, calls = small_agent(method=method), random_batch(), []
+    original = dmash.actor_loss
+    monkeypatch.setattr(dmash, "actor_loss", lambda *args: (calls.append(1), original(*args))[1])
     for step in range(1, 6):
+        before = [p.clone() for p in agent.Q_target.parameters()]
         losses = agent.update(batch, step)
         assert ("actor_loss" in losses) == (step % 2 == 0)
-        if step == 1:
-            for target, old, new in zip(agent.Q_target.parameters(), before, agent.Q.parameters()):
-                torch.testing.assert_close(target, 0.995 * old + 0.005 * new)
+        for target, old, new in zip(agent.Q_target.parameters(), before, agent.Q.parameters(), strict=True):
+            torch.testing.assert_close(target, 0.995 * old + 0.005 * new)
     assert len(calls) == 4
     assert all(p.is_leaf and not p.requires_grad for p in agent.Q_target.parameters())  # else a graph grows with them
 
@@ -365,24 +887,26 @@ def test_windows_hold_past_transitions_of_their_own_context(seed):
     rng = np.random.default_rng(seed)
     N, K = int(rng.integers(1, 5)), int(rng.integers(1, 9))
     L, capacity = int(rng.integers(1, K + 1)), K + int(rng.integers(1, 30))
-    replay = dmash.Replay(N, capacity, 1, 1, K, L)
     context = torch.arange(1.0, N + 1).unsqueeze(-1)
+    replay = dmash.Replay(context, capacity, 1, 1, K, L)
+    assert replay.rows.shape == (capacity, N, 4)
     total = int(rng.integers(K + 1, 3 * capacity + 2))
     for t in range(total):
         time = torch.full((N, 1), float(t))
         replay.add(context, time, time.squeeze(-1), 2 * context)  # s = context, a = r = time, δs = context
-    batch = replay.sample(64 * N)
+    batch = replay.sample(64 * N + N - 1)  # rounded down to equal shares
     assert (
         torch.equal(batch.s, batch.ds)
         and torch.equal(batch.a.squeeze(-1), batch.r)
         and torch.equal(batch.s2, 2 * batch.s)
     )
     assert sorted(batch.s.flatten().tolist()) == sorted(context.repeat(64, 1).flatten().tolist())  # equal shares
+    assert torch.equal(batch.c, context) and torch.equal(batch.s, batch.c.repeat_interleave(64, 0))  # side by side
     assert (batch.tau[..., 0] == batch.s).all() and (batch.tau[..., 2] == batch.s).all()  # one context a window
     age = batch.a - batch.tau[..., 1]
     assert (age >= 1).all() and (age <= K).all()  # past, and not older than K: never the transition to predict
     assert batch.a.min() >= max(0, total - capacity) + K and batch.a.max() <= total - 1
-    latest = replay.latest(train=False)
+    latest = replay.latest(noisy=False)
     assert torch.equal(latest[:, -1, 1] if L > 1 else latest[:, 0, 1] + K - 1, torch.full((N,), float(total - 1)))
 
 
@@ -391,6 +915,7 @@ class Clock:
 
     def __init__(self, N, rng):
         self.N, self.d_s, self.d_a, self.rng, self.clock, self.episode = N, 3, 1, rng, 0, 0
+        self.c = np.arange(1.0, N + 1, dtype=np.float32)[:, None]
 
     def observe(self):
         return np.array([[1.0 + n, self.clock, self.episode] for n in range(self.N)], dtype=np.float32)
@@ -409,8 +934,9 @@ def test_windows_over_random_episode_lengths(seed):
     """No transition spans a reset; windows do, and hold the K transitions before, over wrap-around."""
     rng = np.random.default_rng(seed)
     N, K = int(rng.integers(1, 4)), int(rng.integers(1, 9))
-    replay = dmash.Replay(N, K + int(rng.integers(1, 40)), 3, 1, K, L=K)
-    rollout = dmash.Rollout(None, Clock(N, rng), replay, train=True)
+    agent = SimpleNamespace(cfg=SimpleNamespace(K=K, L=K, device="cpu"))
+    rollout = dmash.Rollout(agent, Clock(N, rng), noisy=True, capacity=K + int(rng.integers(1, 40)))
+    replay = rollout.replay
     for _ in range(int(rng.integers(K + 1, 100))):
         rollout.collect(random=True)
         assert torch.equal(rollout.s[:, 1], torch.full((N,), float(replay.t)))
@@ -418,16 +944,17 @@ def test_windows_over_random_episode_lengths(seed):
     clock, ages = batch.s[:, 1:2], torch.arange(1.0, K + 1)
     assert torch.equal(batch.ds, torch.tensor([0.0, 1.0, 0.0]).expand_as(batch.ds))  # one step on, in one episode
     assert (batch.tau[..., 0] == batch.s[:, :1]).all()  # one context a window
+    assert torch.equal(batch.s[:, :1], batch.c.repeat_interleave(40, 0))  # which is the one that is told
     assert torch.equal((clock - batch.tau[..., 1]).sort().values, ages.expand(len(clock), K))
-    latest = replay.latest(train=False)
+    latest = replay.latest(noisy=False)
     assert torch.equal(latest[..., 1], (replay.t - ages.flip(0)).expand(N, K))
 
 
 def test_windows_before_the_first_transitions_are_zeros():
-    replay = dmash.Replay(2, 8, 1, 1, K=4, L=4)
-    assert torch.equal(replay.latest(train=False), torch.zeros(2, 4, 3))
+    replay = dmash.Replay(torch.zeros(2, 1), 8, 1, 1, K=4, L=4)
+    assert torch.equal(replay.latest(noisy=False), torch.zeros(2, 4, 3))
     replay.add(torch.ones(2, 1), torch.ones(2, 1), torch.ones(2), torch.ones(2, 1))
-    latest = replay.latest(train=False)
+    latest = replay.latest(noisy=False)
     assert (latest[:, :3] == 0).all() and (latest[:, 3, :2] == 1).all()
 
 
@@ -785,6 +1312,83 @@ def test_context_sets_by_hand():
     assert sets["eval_out"][-1] == pytest.approx({"length": 2.0, "action_factor": 1})
 
 
+def mesh(env_id, which):
+    """All contexts of a set in up to two dimensions, sorted."""
+    values = []
+    for dim in aib_envs.ENVS[env_id].context:
+        (low, high), (far_low, far_high) = dim.train, dim.extrapolation or dim.train
+        margin = 0.01 * (high - low)
+        if dim.binary:
+            values.append(dim.train)
+        elif which == "eval_out":
+            below = [far_low + i * (low - margin - far_low) / 24 for i in range(25)]
+            values.append(below + [high + margin + i * (far_high - high - margin) / 24 for i in range(25)])
+        else:
+            low, high = (low + margin, high - margin) if which == "eval_in" else (low, high)
+            values.append([low + i * (high - low) / 49 for i in range(50)])
+    return list(itertools.product(*values))
+
+
+FLAT = [env_id for env_id, spec in aib_envs.ENVS.items() if len(spec.context) <= 2]
+BINARY = [env_id for env_id in FLAT if any(dim.binary for dim in aib_envs.ENVS[env_id].context)]
+
+
+@pytest.mark.parametrize("env_id", FLAT)
+def test_twenty_contexts_are_the_published_ones(env_id):
+    """Evenly spaced entries of the sorted mesh, rounded down. So are other numbers where no dimension is binary."""
+    for n in [20] if env_id in BINARY else [1, 3, 7, 20, 33]:
+        for which, contexts in aib_envs.context_sets(env_id, n).items():
+            entries = mesh(env_id, which)
+            for i, context in enumerate(contexts):
+                expected = entries[i * (len(entries) - 1) // max(1, n - 1)]
+                assert tuple(context.values()) == pytest.approx(expected, rel=1e-12)
+                assert list(context) == [dim.name for dim in aib_envs.ENVS[env_id].context]
+
+
+@pytest.mark.parametrize("env_id", BINARY)
+def test_both_values_of_a_binary_dimension_get_their_share(env_id):
+    """Whatever the number of contexts; only the published 20 stand 11 to 9."""
+    (dim,) = [dim for dim in aib_envs.ENVS[env_id].context if dim.binary]
+    for n in range(1, 121):
+        sets = aib_envs.context_sets(env_id, n)
+        entries = {which: {tuple(context.values()) for context in contexts} for which, contexts in sets.items()}
+        assert len(set.union(*entries.values())) == sum(map(len, entries.values()))  # disjoint
+        for which, contexts in sets.items():
+            counts = [sum(context[dim.name] == value for context in contexts) for value in dim.train]
+            assert sum(counts) == len(contexts) == n
+            assert sorted(counts) == [9, 11] if n == 20 else abs(counts[0] - counts[1]) <= 1
+            assert len(entries[which]) == n or n > 100  # no repetition
+            allowed = {tuple(np.round(entry, 9)) for entry in mesh(env_id, which)}
+            assert {tuple(np.round(entry, 9)) for entry in entries[which]} <= allowed
+            first, last = contexts[0], contexts[-1]  # from one end of the mesh to the other
+            assert n == 1 or [next(iter(c.values())) for c in (first, last)] == pytest.approx(
+                [min(allowed)[0], max(allowed)[0]]
+            )
+
+
+def test_window_and_gradient_steps_of_the_paper():
+    for env_id, spec in aib_envs.ENVS.items():
+        small = env_id.startswith(("di_", "ode"))
+        steps = 100_000 if small or env_id == "cartpole_inv" else 500_000 if env_id.endswith("_gym") else 200_000
+        assert (spec.K, spec.steps) == (24 if small else 128, steps)
+
+
+def test_distance_from_the_train_range():
+    """0 in its middle, 1 at its ends, more beyond."""
+    for (low, high), value, distance in (((-5, 5), 0, 0), ((-5, 5), -5, 1), ((0.5, 1.5), 2, 2), ((0.5, 1.5), 0.5, 1)):
+        assert aib_envs.ContextDim("x", 0, (low, high), (-9, 9)).distance(value) == distance
+
+
+def test_table_of_environments():
+    lines = aib_envs.table().splitlines()
+    assert [line.split()[0] for line in lines] == ["id", *aib_envs.ENVS]
+    cartpole = next(line for line in lines if line.startswith("cartpole_inv"))
+    assert cartpole.split(maxsplit=6)[:6] == ["cartpole_inv", "Cartpole", "non-overlapping", "1000", "128", "100000"]
+    assert cartpole.endswith("length 0.5, [0.3, 0.85], [0.1, 2]; action_factor in {-1, 1}")
+    for line, (env_id, spec) in zip(lines[1:], aib_envs.ENVS.items()):
+        assert all(text in line for text in (spec.paper_name, spec.kind, str(spec.horizon), spec.context[-1].name))
+
+
 @pytest.mark.parametrize("env_id", aib_envs.ENVS)
 def test_gymnasium_checker_passes_without_a_warning(env_id):
     with warnings.catch_warnings():
@@ -801,9 +1405,10 @@ def test_gymnasium_make_and_make_vec():
     env.close(), env.close(), envs.close()
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("env_id", aib_envs.ENVS)
-def test_vector_env_equals_single_environments(env_id):
-    """Same contexts and states, same steps, bit for bit; also after a context was built twice."""
+def test_vector_env_equals_single_environments(env_id, dtype):
+    """Same contexts and states, same steps, bit for bit, whatever the type of the actions."""
     contexts = aib_envs.context_sets(env_id, n=4)["eval_out"]
     envs = aib_envs.VectorEnv(env_id, contexts, seed=0)
     envs.reset()
@@ -812,13 +1417,43 @@ def test_vector_env_equals_single_environments(env_id):
         single.reset(options={"state": state} | ({} if target is None else {"target": target}))
     rng = np.random.default_rng(0)
     for _ in range(20):
-        actions = rng.uniform(-1, 1, (4, envs.d_a))
+        actions = rng.uniform(-1, 1, (4, envs.d_a)).astype(dtype)
         s2, r, done = envs.step(actions)
         for i, single in enumerate(singles):
             ours, reward, *_ = single.step(actions[i])
             np.testing.assert_array_equal(s2[i], ours)
             assert np.float32(reward) == r[i]
     assert s2.dtype == r.dtype == np.float32 and not done
+
+
+def test_vector_env_tells_the_contexts_in_the_order_of_the_table():
+    """Raw, with the defaults of what is not named: (N, d_c)."""
+    contexts = [{"action_factor": -1, "length": 0.7}, {}, {"action_factor": -1}]
+    c = aib_envs.VectorEnv("cartpole_inv", contexts, seed=0).c
+    assert c.dtype == np.float32
+    np.testing.assert_array_equal(c, np.float32([[0.7, -1], [0.5, 1], [0.5, -1]]))
+    assert aib_envs.VectorEnv("ode_20", [{"c19": 3}] * 2, seed=0).c.shape == (2, 20)
+
+
+@pytest.mark.parametrize("steps", [None, 0, 7])
+def test_vector_env_goes_on_from_a_saved_state(steps):
+    """Also from before its first reset."""
+
+    def play(envs):
+        seen = []
+        if steps is not None:
+            seen += [envs.step(np.full((2, 1), 0.3))[0] for _ in range(5)]
+        return np.stack([*seen, envs.reset(), envs.step(np.full((2, 1), 0.3))[0]]), envs.t
+
+    envs, other = (aib_envs.VectorEnv("cartpole_inv", [{}, {"length": 0.8}], seed=seed) for seed in (3, 4))
+    if steps is not None:
+        envs.reset()
+        for _ in range(steps):
+            envs.step(np.full((2, 1), -0.5))
+    other.load_state_dict(envs.state_dict())
+    (seen, t), (again, t_again) = play(envs), play(other)
+    np.testing.assert_array_equal(again, seen)
+    assert t == t_again == 1
 
 
 @pytest.mark.parametrize("env_id", aib_envs.ENVS)
@@ -956,37 +1591,69 @@ def test_bad_actions_leave_the_environment_unharmed(env_id):
 
 
 class Recorder:
-    """Stands for an Agent: notes what it is asked, acts with zeros."""
+    """Stands for an Agent: notes what it is asked, acts with zeros. What it is told is the window."""
 
-    def __init__(self, d_a):
-        self.d_a, self.calls = d_a, []
+    def __init__(self, d_a, **settings):
+        self.cfg, self.d_a, self.calls = small_config(**settings), d_a, []
 
-    def act(self, s, tau, train):
-        self.calls.append((s.clone(), tau.clone(), train))
+    def tell(self, tau, c, noisy):
+        assert len(tau) == len(c)
+        self.asked = noisy
+        return None, tau, 0.0
+
+    def act(self, s, told, noisy):
+        assert self.asked is noisy
+        self.calls.append((s.clone(), told.clone(), noisy))
         return torch.zeros(len(s), self.d_a)
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_warm_up_fills_the_window_then_resets(train):
-    cfg = small_config(K=10)
+class Steersman(Recorder):
+    """Drives to the middle and stops there, where the actuators are not inverted; entry by entry, so that a row of a
+    larger batch does what it does alone."""
+
+    def act(self, s, told, noisy):
+        super().act(s, told, noisy)
+        return (-3 * s[:, :2] - 5 * s[:, 2:]).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_warm_up_fills_the_window_then_resets(noisy):
     envs = aib_envs.VectorEnv("di_inv", [{}, {"mass": 0.5}], seed=0)
-    agent = Recorder(envs.d_a)
-    rollout = dmash.new_rollout(cfg, agent, envs, 200, train)
+    agent = Recorder(envs.d_a, K=10)
+    rollout = dmash.Rollout(agent, envs, noisy, capacity=200)
     rollout.begin_episode()
     assert len(agent.calls) == 10 and rollout.replay.t == 10 and not rollout.done
     assert (agent.calls[0][1] == 0).all()  # the window is empty at first
     corners = rollout.s[:, :2].abs()
     assert (corners >= 0.8).all() and (rollout.s[:, 2:] == 0).all()  # a fresh start
     rollout.step()
-    assert all(call[2] is train for call in agent.calls)
+    assert all(call[2] is noisy for call in agent.calls)
     assert agent.calls[-1][1].abs().sum() > 0  # the window stays over the reset
     assert envs.t == 1  # warm-up steps do not count towards the horizon
 
 
+def test_an_episode_may_begin_without_a_warm_up():
+    """With an empty window at first; later with what the episode before left there."""
+    envs = aib_envs.VectorEnv("di_inv", [{}, {"mass": 0.5}], seed=0)
+    agent = Recorder(envs.d_a, K=10)
+    rollout = dmash.Rollout(agent, envs, noisy=False)
+    rollout.begin_episode(warm_up=False)
+    assert not agent.calls and rollout.replay.t == 0 and envs.t == 0
+    rollout.step()
+    assert (agent.calls[0][1] == 0).all() and envs.t == 1
+    while not rollout.done:
+        rollout.step()
+    assert len(agent.calls) == 100
+    rollout.begin_episode(warm_up=False)
+    assert len(agent.calls) == 100 and rollout.replay.t == 100 and not rollout.done
+    rollout.step()
+    assert agent.calls[-1][1].abs().sum() > 0
+
+
 @pytest.mark.parametrize("K", [99, 100])
 def test_a_warm_up_as_long_as_an_episode_does_not_end_it(K):
-    cfg = small_config(K=K, contexts=2)
-    rollout = dmash.new_rollout(cfg, Recorder(2), aib_envs.VectorEnv("di_inv", [{}], seed=0), 300, train=False)
+    envs = aib_envs.VectorEnv("di_inv", [{}], seed=0)
+    rollout = dmash.Rollout(Recorder(2, K=K, contexts=2), envs, noisy=False, capacity=300)
     rollout.begin_episode()
     steps = 0
     while not rollout.done:
@@ -995,30 +1662,252 @@ def test_a_warm_up_as_long_as_an_episode_does_not_end_it(K):
     assert steps == 100
 
 
+@pytest.mark.parametrize("method", TABLE)
+def test_steps_are_what_the_replay_holds(method):
+    """What `step` returns: s, a, r, and what the policy was told, of the window before."""
+    contexts = [{}, {"mass": 0.5}, {"action_factor": -1}]
+    envs = aib_envs.VectorEnv("di_inv", contexts, seed=0)
+    agent = dmash.Agent(small_config(method=method), 4, 2, 2)
+    rollout = dmash.Rollout(agent, envs, noisy=False, capacity=30)
+    c = torch.tensor([[1.0, 1.0], [0.5, 1.0], [1.0, -1.0]])
+    rollout.begin_episode()
+    for _ in range(10):  # past the end of the ring
+        before, tau = rollout.s.clone(), rollout.replay.latest(noisy=False)
+        s, a, r, told = rollout.step()
+        row = rollout.replay.rows[(rollout.replay.t - 1) % 30]
+        torch.testing.assert_close(row, torch.cat([s, a, rollout.s - before, r[:, None]], -1), rtol=0, atol=0)
+        assert torch.equal(s, before) and s.shape == (3, 4) and a.shape == (3, 2) and r.shape == (3,)
+        with torch.no_grad():
+            _, expected, _ = agent.tell(tau, c, noisy=False)
+        assert torch.equal(a, agent.act(s, expected, noisy=False))
+        if expected is None:
+            assert told is None
+        else:
+            pairs = zip(told, expected, strict=True)
+            assert all(torch.equal(x, y) and not x.requires_grad for x, y in pairs)
+    s, a, r, told = rollout.step(random=True)
+    assert (
+        told is None and a.abs().max() <= 1 and torch.equal(a, rollout.replay.rows[(rollout.replay.t - 1) % 30, :, 4:6])
+    )
+
+
+def test_random_actions_are_uniform():
+    envs = aib_envs.VectorEnv("di_inv", [{}] * 50, seed=0)
+    rollout = dmash.Rollout(Recorder(2), envs, noisy=True, capacity=200)
+    for _ in range(40):
+        rollout.collect(random=True)
+    a = rollout.replay.rows[: rollout.replay.t, :, 4:6].flatten()  # the warm-up's, too
+    assert len(a) == 64 * 100 and a.abs().max() <= 1 and a.min() < -0.99 and a.max() > 0.99
+    assert abs(a.mean()) < 0.03 and abs(a.var() - 1 / 3) < 0.015  # 4 standard errors
+
+
 def test_collecting_samples_and_evaluation_takes_the_mean():
     agent = small_agent()
     s, tau = torch.randn(3, D_S), torch.randn(3, L, 2 * D_S + D_A)
-    mean = agent.act(s, tau, train=False)
-    torch.testing.assert_close(mean, agent.pi.mean(s, agent.h(agent.g(tau, train=False))))
-    assert torch.equal(mean, agent.act(s, tau, train=False))
-    assert not torch.equal(agent.act(s, tau, train=True), agent.act(s, tau, train=True))
+    omega = agent.infer(tau, noisy=False)[1]
+    mean = agent.act(s, omega, noisy=False)
+    torch.testing.assert_close(mean, agent.pi.mean(s, agent.h(agent.g(tau, noisy=False)[0])))
+    torch.testing.assert_close(mean, agent.pi(s, omega)[0].tanh())
+    assert torch.equal(mean, agent.act(s, omega, noisy=False)) and not mean.requires_grad
+    assert not torch.equal(agent.act(s, omega, noisy=True), agent.act(s, omega, noisy=True))
 
 
-def test_evaluation_is_repeatable_and_leaves_the_generator_alone():
-    cfg = small_config()
-    agent, _ = dmash.start(cfg)
+@pytest.mark.parametrize("method", TABLE)
+def test_infer_returns_the_code_and_omega(method):
+    """As far as the method has them."""
+    agent, row, tau = small_agent(method=method), TABLE[method], random_batch().tau
+    z, omega = agent.infer(tau, noisy=False)
+    assert (z is None) == (row.context != "inferred") and (omega is None) == (row.hypernetwork != "shared")
+    if z is not None:
+        assert torch.equal(z, agent.g(tau, noisy=False)[0])
+        assert torch.equal(agent.infer(tau, noisy=True)[0], z) == (row.mask == 0 and row.kl == 0)
+    if omega is not None:
+        assert all(torch.equal(x, y) for x, y in zip(omega, agent.h(z), strict=True))
+
+
+def on_three_sets(cfg):
+    return [context for contexts in aib_envs.context_sets(cfg.env, cfg.contexts).values() for context in contexts]
+
+
+@pytest.mark.parametrize("method", TABLE)
+def test_evaluation_is_repeatable_and_leaves_torch_alone(method, monkeypatch):
+    """Its generator, its number of threads, its default type; and the agent."""
+    short = dataclasses.replace(aib_envs.ENVS["di_inv"], horizon=30)
+    monkeypatch.setitem(aib_envs.ENVS, "di_inv", short)
+    threads = torch.get_num_threads()
+    cfg = small_config(method=method, contexts=2, K=5, threads=threads + 1)
+    agent = dmash.Agent(cfg, 4, 2, 2)
+    with torch.no_grad():
+        agent.pi.head.bias[:] = torch.tensor([0.3, -0.2, 0.0, 0.0])  # not all but at rest
+    contexts, weights = on_three_sets(cfg), [p.clone() for p in agent.pi.parameters()]
     generator = torch.get_rng_state()
-    first = dmash.evaluate(agent, cfg, rollouts=2)
-    assert first.shape == (3, 4) and np.isfinite(first).all()
-    np.testing.assert_array_equal(dmash.evaluate(agent, cfg, rollouts=2), first)
+    first, diverged = dmash.evaluate(agent, cfg, contexts, rollouts=2)
+    assert first.shape == diverged.shape == (6, 2) and np.isfinite(first).all() and not diverged.any()
+    np.testing.assert_array_equal(dmash.evaluate(agent, cfg, contexts, rollouts=2)[0], first)
     assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.get_num_threads() == threads and torch.get_default_dtype() == torch.float32
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(agent.pi.parameters(), weights))
 
 
 def test_evaluation_sums_rewards_of_the_counted_episode_only(monkeypatch):
     """An agent that stays at rest, started within the goal: one reward a step, none from the warm-up."""
     monkeypatch.setattr(aib_envs.DoubleIntegrator, "initial_state", lambda self, i, rng: np.zeros(4))
-    returns = dmash.evaluate(Recorder(2), small_config(), rollouts=1)
-    np.testing.assert_array_equal(returns, np.full((3, 4), 100.0))
+    agent, cfg = Recorder(2), small_config()
+    returns, diverged = dmash.evaluate(agent, cfg, on_three_sets(cfg), rollouts=1)
+    np.testing.assert_array_equal(returns, np.full((12, 1), 100.0))
+    assert not diverged.any() and not any(noisy for _, _, noisy in agent.calls)
+
+
+def test_the_first_of_many_rollouts_is_the_single_one():
+    """From the same states; the others from others; each context's returns in its own row."""
+    contexts, K = [{}, {"mass": 0.5}, {"action_factor": -1}], 7
+    agents = [Steersman(2, K=K) for _ in range(2)]
+    one, many = (dmash.evaluate(agent, agent.cfg, contexts, n)[0] for agent, n in zip(agents, (1, 4)))
+    starts, more = (agent.calls[K][0] for agent in agents)
+    assert one.shape == (3, 1) and many.shape == (3, 4)
+    assert torch.equal(more[:3], starts) and len(more) == 12 and len(more.unique(dim=0)) == 12
+    np.testing.assert_array_equal(many[:, :1], one)
+    assert (many[:2] > 20).all() and (many[2] == 0).all() and len(np.unique(many[:2])) > 2
+
+
+def test_the_seed_sets_where_an_evaluation_starts():
+    starts = []
+    for settings, seed in (({}, None), ({}, 1), ({}, 2), ({"seed": 2}, None)):
+        agent = Steersman(2, K=3, **settings)
+        dmash.evaluate(agent, agent.cfg, [{}, {}], seed=seed)
+        starts.append(agent.calls[3][0])
+    default, one, two, config = starts
+    assert torch.equal(default, one) and torch.equal(two, config) and not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("rollouts, contexts", [(0, [{}]), (-1, [{}]), (1.5, [{}]), (None, [{}]), ("1", [{}]), (1, [])])
+def test_an_evaluation_of_nothing_is_refused(rollouts, contexts):
+    with pytest.raises(dmash.BadInput, match="must be at least 1") as error:
+        dmash.evaluate(Recorder(2), small_config(), contexts, rollouts)
+    assert f"rollouts={rollouts!r}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_evaluation_can_be_stopped():
+    """Before any step."""
+    agent, asked = Recorder(2), []
+
+    def stop():
+        asked.append(1)
+        if len(asked) == 41:
+            raise dmash.Stopped
+
+    with pytest.raises(dmash.Stopped):
+        dmash.evaluate(agent, agent.cfg, [{}], stop=stop)
+    assert len(agent.calls) == 40
+
+
+class Spoiler:
+    """Makes what instance 1 observes, is rewarded with or does not finite, at step `t` of an episode, in its warm-up
+    (`when` 0) or when it counts (1). All instances are at rest in the goal: a reward of 1 a step."""
+
+    def __init__(self, what, value, t, when, monkeypatch):
+        self.what, self.value, self.t, self.when, self.resets = what, value, t, when, 0
+        self.step, self.reset = aib_envs.VectorEnv.step, aib_envs.VectorEnv.reset
+        monkeypatch.setattr(aib_envs.DoubleIntegrator, "initial_state", lambda *_: np.array([0.02, 0.03, 0, 0]))
+        monkeypatch.setattr(aib_envs.VectorEnv, "step", lambda envs, actions: self.spoilt_step(envs, actions))
+        monkeypatch.setattr(aib_envs.VectorEnv, "reset", lambda envs: self.counted_reset(envs))
+
+    def counted_reset(self, envs):
+        self.resets, self.now = self.resets + 1, 1
+        return self.reset(envs)
+
+    def due(self, what):
+        return self.what == what and self.resets == self.when + 1 and self.now == self.t
+
+    def spoilt_step(self, envs, actions):
+        s2, r, done = self.step(envs, actions)
+        for name, values in (("observation", s2[1]), ("reward", r)):
+            if self.due(name):
+                values[1] = self.value  # one entry
+        self.now += 1
+        return s2, r, done
+
+    def agent(self):
+        agent = Recorder(2, K=24)
+        act = agent.act
+
+        def spoilt_act(s, told, noisy):
+            assert s.isfinite().all() and told.isfinite().all()  # what is not finite never comes back
+            zeros = self.what == "observation" and (self.resets, self.now) == (self.when + 1, self.t + 1)
+            assert s.any(-1).tolist() == [not zeros or i != 1 for i in range(len(s))]
+            a = act(s, told, noisy)
+            if self.due("action"):
+                a[1, 1] = self.value
+            return a
+
+        agent.act = spoilt_act
+        return agent
+
+
+SPOILT = list(itertools.product(["observation", "reward", "action"], [math.nan, math.inf, -math.inf]))
+
+
+@pytest.mark.parametrize("what, value", SPOILT)
+def test_a_diverged_episode_keeps_what_it_collected(what, value, monkeypatch):
+    """It is marked, what comes after does not count, and no other episode notices."""
+    spoiler = Spoiler(what, value, 30, 1, monkeypatch)
+    returns, diverged = dmash.evaluate(spoiler.agent(), small_config(), [{}, {}, {}], rollouts=2)
+    np.testing.assert_array_equal(returns, [[100, 100], [29, 100], [100, 100]])
+    np.testing.assert_array_equal(diverged, [[False, False], [True, False], [False, False]])
+
+
+@pytest.mark.parametrize("what, value", SPOILT)
+def test_a_diverged_warm_up_does_not_mark_its_episode(what, value, monkeypatch):
+    spoiler = Spoiler(what, value, 20, 0, monkeypatch)
+    returns, diverged = dmash.evaluate(spoiler.agent(), small_config(), [{}, {}, {}], rollouts=1)
+    np.testing.assert_array_equal(returns, np.full((3, 1), 100.0))
+    assert not diverged.any()
+
+
+@pytest.mark.parametrize("what, value", SPOILT)
+def test_collecting_what_is_not_finite_is_an_error(what, value, monkeypatch):
+    spoiler = Spoiler(what, value, 30, 1, monkeypatch)
+    agent = spoiler.agent()
+    rollout = dmash.Rollout(agent, aib_envs.VectorEnv("di_inv", [{}, {}, {}], seed=0), noisy=True, capacity=200)
+    for _ in range(29):
+        rollout.collect()
+    with pytest.raises(FloatingPointError, match=f"^{what} is not finite$"):
+        rollout.collect()
+    assert rollout.replay.t == 24 + 29 and rollout.replay.rows.isfinite().all()
+
+
+def test_an_episode_that_begins_diverged(monkeypatch):
+    def initial_state(task, i, rng):
+        return np.array([0.02, 0.03, 0, 0]) if i != 1 else np.array([0, math.nan, 0, 0])
+
+    monkeypatch.setattr(aib_envs.DoubleIntegrator, "initial_state", initial_state)
+    agent = Recorder(2)
+    returns, diverged = dmash.evaluate(agent, agent.cfg, [{}, {}, {}])
+    assert all(s.isfinite().all() and told.isfinite().all() for s, told, _ in agent.calls)
+    assert returns[:, 0].tolist() == [100, 0, 100] and diverged[:, 0].tolist() == [False, True, False]
+    with pytest.raises(FloatingPointError, match="^observation is not finite$"):
+        dmash.Rollout(agent, aib_envs.VectorEnv("di_inv", [{}, {}], seed=0), noisy=True).reset()
+
+
+def test_a_simulation_that_diverges_in_evaluation_is_marked(tmp_path, monkeypatch):
+    """MuJoCo's own: a cartpole that starts far too fast, between two that do not."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo notes it in a file where it is
+    agent = Recorder(1, env="cartpole_inv", K=20)
+    cfg = agent.cfg
+    contexts, ordinary = [{}, {}, {"length": 0.8}], aib_envs.Cartpole.initial_state
+    undisturbed, none = dmash.evaluate(agent, cfg, contexts)
+    too_fast = np.array([0.0, 0.0, 1e11, 1e11])
+    monkeypatch.setattr(
+        aib_envs.Cartpole, "initial_state", lambda self, i, rng: too_fast if i == 1 else ordinary(self, i, rng)
+    )
+    returns, diverged = dmash.evaluate(agent, cfg, contexts)
+    assert not none.any() and diverged[:, 0].tolist() == [False, True, False]
+    np.testing.assert_array_equal(returns[[0, 2]], undisturbed[[0, 2]])
+    assert np.isfinite(returns).all() and 0 <= returns[1, 0] < 100 < undisturbed[1, 0]
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        rollout = dmash.Rollout(agent, aib_envs.VectorEnv("cartpole_inv", contexts, seed=0), noisy=True, capacity=99)
+        for _ in range(40):
+            rollout.collect()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1054,36 +1943,65 @@ def test_run_folder(run):
     }
     metrics, contexts = read(run / "metrics.csv"), read(run / "per_context.csv")
     losses = ["dynamics_loss", "critic_loss", "actor_loss", "alpha"]
-    assert list(metrics[0]) == ["step", "env_steps", "seconds", "steps_per_second", *losses, *dmash.SETS]
+    diverged = [f"diverged_{name}" for name in dmash.SETS]
+    assert list(metrics[0]) == ["step", "env_steps", "seconds", "steps_per_second", *losses, *dmash.SETS, *diverged]
+    assert all(row[name] == "0" for row in metrics for name in diverged)
     assert [row["step"] for row in metrics] == ["20", "40"]
     assert metrics[-1]["env_steps"] == str(4 * (24 + 60 + 40))  # the warm-up counts too
-    assert list(contexts[0]) == ["step", "set", "index", "mass", "action_factor", "return"]
+    assert list(contexts[0]) == ["step", "set", "index", "mass", "action_factor", "return", "diverged"]
     assert len(contexts) == 2 * 3 * 4
     for name in dmash.SETS:
         returns = [float(row["return"]) for row in contexts if (row["step"], row["set"]) == ("40", name)]
         assert float(metrics[-1][name]) == pytest.approx(np.mean(returns), abs=1e-3)
     config = json.loads((run / "config.json").read_text())
     assert (config["method"], config["env"], config["K"], config["steps"]) == ("dma_star_sh", "di_inv", 24, 40)
+    assert {"version", "torch", "numpy", "mujoco", "gymnasium"} <= set(config) and config["torch"] == torch.__version__
+    assert (run / "policy.pt").stat().st_size < 5e6
 
 
-def test_policy_holds_plain_state_dicts(run):
+def test_policy_holds_what_acting_needs_and_no_more(run):
     state = torch.load(run / "policy.pt", weights_only=True)
-    assert state["step"] == 40 and set(state) == {"g", "h", "f", "pi", "Q", "Q_target", "log_alpha", "step"}
-    agent = dmash.Agent(small_config(), 4, 2)
-    agent.load_state_dict(state)
-    assert torch.equal(agent.h.heads[0], state["h"]["heads.0"])
+    assert set(state) == {"settings", "version", "step", "agent"} and state["step"] == 40
+    assert {name.split(".")[0] for name in state["agent"]} == {"g", "h", "pi"}
+    trained = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
+    cfg, agent = dmash.load_policy(run)
+    assert (cfg.env, cfg.steps, agent.step) == ("di_inv", 40, 40)
+    for name, weight in state["agent"].items():
+        assert torch.equal(agent.state_dict()[name], weight) and torch.equal(trained[name], weight)
 
 
-def test_eval_reproduces_the_last_row_of_the_run(run, capsys):
+def test_loading_and_evaluating_leave_global_state_alone(run):
+    before = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+    cfg, agent = dmash.load_policy(run / "policy.pt")
+    contexts = aib_envs.context_sets(cfg.env, 3)["eval_out"]
+    returns, diverged = dmash.evaluate(agent, cfg, contexts, rollouts=2)
+    assert returns.shape == diverged.shape == (3, 2) and not diverged.any()
+    after = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
+def test_eval_reproduces_the_last_row_of_the_run(run, capsys, tmp_path):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert dmash.main(["--eval", str(run), "--rollouts", "1", "--threads", "1", "--per-context"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shutil.copy(run / "policy.pt", tmp_path / "given_away.pt")
     last = read(run / "metrics.csv")[-1]
-    assert lines[-1] == "AER over 4 contexts x 1 rollouts:  " + "  ".join(
-        f"{name} {float(last[name]):.1f}" for name in dmash.SETS
-    )
-    assert len(lines) == 2 + 3 * 4 and "action_factor" in lines[0]
+    for path in (run, tmp_path / "given_away.pt"):
+        assert dmash.main(["--eval", str(path), "--rollouts", "1", "--threads", "1", "--per-context"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"di_inv, dma_star_sh, seed 1, step 40, version {dmash.code_version()}"
+        assert lines[-1] == "AER over 4 contexts x 1 rollouts:  " + "  ".join(
+            f"{name} {float(last[name]):.1f}" for name in dmash.SETS
+        )
+        assert len(lines) == 3 + 3 * 4 and lines[1] == "set,index,mass,action_factor,return,diverged"
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def test_a_policy_in_another_folder_says_whose_it_is(run, tmp_path, capsys):
+    assert dmash.main(small_arguments(tmp_path, seed=2, method="dr", steps=2)) == 0
+    other = tmp_path / "di_inv__dr__s2"
+    shutil.copy(run / "policy.pt", other / "policy.pt")
+    capsys.readouterr()
+    assert dmash.main(["--eval", str(other), "--rollouts", "1"]) == 0
+    assert capsys.readouterr().out.startswith("di_inv, dma_star_sh, seed 1, step 40, ")
 
 
 def test_same_seed_same_metrics_bit_for_bit(run, tmp_path):
@@ -1092,58 +2010,66 @@ def test_same_seed_same_metrics_bit_for_bit(run, tmp_path):
 
 
 class StopAfter:
-    """Stands for catch_signals and for its list: says stop after it was asked n times."""
+    """Stands for catch_signals and for what it gives: raises Stopped when called more than n times."""
 
     def __init__(self, n):
         self.left = n
 
-    def __call__(self):
-        return contextlib.nullcontext(self)
+    def __enter__(self):
+        return self.stop
 
-    def __bool__(self):
+    def __exit__(self, *error):
+        pass
+
+    def stop(self):
         self.left -= 1
-        return self.left < 0
+        if self.left < 0:
+            raise dmash.Stopped
+
+
+def stopping_after(n):
+    return lambda: StopAfter(n)
 
 
 def same_run(ours, theirs):
     """Whether two finished run folders hold the same results, bit for bit and times aside."""
-    states = [torch.load(folder / "policy.pt", weights_only=True) for folder in (ours, theirs)]
+    states = [dmash.load(folder / "checkpoint.pt") for folder in (ours, theirs)]
+    for state in states:
+        state.pop("seconds"), state["settings"].pop("out")
+        for evaluation in state["history"]:
+            evaluation["metrics"]["seconds"] = evaluation["metrics"]["steps_per_second"] = 0
+    policies = [dmash.load(folder / "policy.pt")["agent"] for folder in (ours, theirs)]
     return (
         timeless(read(ours / "metrics.csv")) == timeless(read(theirs / "metrics.csv"))
         and (ours / "per_context.csv").read_bytes() == (theirs / "per_context.csv").read_bytes()
-        and all(
-            torch.equal(states[0][net][k], states[1][net][k]) for net in dmash.Agent.NETWORKS for k in states[0][net]
-        )
-        and torch.equal(states[0]["log_alpha"], states[1]["log_alpha"])
+        and all(torch.equal(weight, policies[1][name]) for name, weight in policies[0].items())
+        and as_text(states[0]) == as_text(states[1])
     )
 
 
 @pytest.mark.parametrize(
     "stops, step, evaluated",
     [
-        ((30,), None, None),  # among the random steps: nothing to keep
-        ((61,), 1, 0),
-        ((80,), 20, 0),  # before an evaluation
-        ((95,), 20, 0),  # in its warm-up
-        ((130,), 20, 0),  # in the middle of it
-        ((207,), 20, 20),  # after it
-        ((67, 15, 129, 2), 24, 20),  # again and again
-        ((300,), 40, 20),  # in the last evaluation
+        ((30,), 0, []),  # among the random steps: nothing to keep
+        ((61,), 1, []),
+        ((80,), 20, []),  # before an evaluation
+        ((95,), 20, []),  # in its warm-up
+        ((130,), 20, []),  # in the middle of it
+        ((205,), 20, [20]),  # after it
+        ((67, 15, 129, 2), 26, [20]),  # again and again
+        ((300,), 40, [20]),  # in the last evaluation
     ],
 )
 def test_a_stopped_and_resumed_run_equals_the_undisturbed_one(stops, step, evaluated, run, tmp_path, monkeypatch):
-    """It asks 60 times in the random steps, 20 times in as many gradient steps, 1 + 24 + 102 times around and in an
-    evaluation and its warm-up, and so on. An episode ends at step 40."""
+    """It asks 60 times in the random steps, 20 times in as many gradient steps, 1 + 24 + 100 times before and in an
+    evaluation with its warm-up, and so on. An episode ends at step 40."""
     folder = tmp_path / run.name
     for i, stop in enumerate(stops):
         with monkeypatch.context() as patch:
-            patch.setattr(dmash, "catch_signals", StopAfter(stop))
+            patch.setattr(dmash, "catch_signals", stopping_after(stop))
             assert dmash.main(["--resume", str(folder)] if i else small_arguments(tmp_path)) == 0
-    if step is None:
-        assert not (folder / "checkpoint.pt").exists()
-    else:
-        state = torch.load(folder / "checkpoint.pt", weights_only=True)
-        assert (state["step"], state["evaluated"]) == (step, evaluated)
+    state = dmash.load(folder / "checkpoint.pt")
+    assert (state["step"], [evaluation["metrics"]["step"] for evaluation in state["history"]]) == (step, evaluated)
     assert dmash.main(["--resume", str(folder)]) == 0
     assert same_run(folder, run)
 
@@ -1156,42 +2082,86 @@ def test_resuming_in_mid_episode_restores_the_physics(env_id, tmp_path, monkeypa
     monkeypatch.setitem(aib_envs.ENVS, env_id, dataclasses.replace(aib_envs.ENVS[env_id], horizon=25))
     for name, stop in (("whole", 999), ("stopped", 14)):
         with monkeypatch.context() as patch:
-            patch.setattr(dmash, "catch_signals", StopAfter(5 + stop))
+            patch.setattr(dmash, "catch_signals", stopping_after(5 + stop))
             assert dmash.main(small_arguments(tmp_path / name, **arguments)) == 0
     folder = f"{env_id}__dma_star_sh__s1"
     assert dmash.main(["--resume", str(tmp_path / "stopped" / folder)]) == 0
     assert same_run(tmp_path / "whole" / folder, tmp_path / "stopped" / folder)
 
 
-@pytest.mark.parametrize("torn", ["60,12", "1"])
-def test_rows_after_the_checkpoint_are_written_again(torn, run, folder):
-    """As after a kill between a row and its checkpoint, in the middle of a line."""
-    os.replace(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")  # of step 20
-    with open(folder / "metrics.csv", "a") as file:
-        file.write(torn)
+def delete(path):
+    path.unlink()
+
+
+def garble(*, of=bytes, to):
+    """Puts bytes in place of a file's."""
+    return lambda path: path.write_bytes(to(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        delete,
+        garble(to=lambda data: data.rstrip(b"\n")),  # as some editors leave it
+        garble(to=lambda data: data[:-10]),  # a torn last line
+        garble(to=lambda data: b"\xef\xbb\xbf" + data),  # a byte order mark
+        garble(to=lambda data: data.split(b"\n", 1)[1]),  # no header
+        garble(to=lambda data: data.replace(b"\n", b"\r\n").replace(b",", b";")),
+        garble(to=lambda data: b""),
+        garble(to=lambda data: b"\x00\xff" * 50),
+    ],
+)
+@pytest.mark.parametrize("name", ["metrics.csv", "per_context.csv", "config.json", "policy.pt"])
+def test_what_follows_from_the_checkpoint_is_made_again(name, damage, run, folder):
+    """Whatever became of the other files: between two parts of a run, or after its end."""
+    damage(folder / name)
     assert dmash.main(["--resume", str(folder)]) == 0
+    assert same_run(folder, run)
+    assert json.loads((folder / "config.json").read_text()) == json.loads((run / "config.json").read_text())
+
+
+def test_rows_after_an_older_checkpoint_are_named_and_made_again(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / run.name
+    with monkeypatch.context() as patch:
+        patch.setattr(dmash, "catch_signals", stopping_after(205))
+        assert dmash.main(small_arguments(tmp_path)) == 0
+    older = (folder / "checkpoint.pt").read_bytes()
+    assert dmash.main(["--resume", str(folder)]) == 0
+    (folder / "checkpoint.pt").write_bytes(older)
+    capsys.readouterr()
+    assert dmash.main(["--resume", str(folder)]) == 0
+    assert f"{folder}: rows after this checkpoint, to be made again: 40\n" in capsys.readouterr().out
     assert same_run(folder, run)
 
 
-def test_kills_before_the_first_checkpoint_start_afresh(run, folder):
-    """Between the first row and its checkpoint; then, resumed, before the first row."""
-    for path in folder.glob("checkpoint*"):
-        path.unlink()
-    for name in ("metrics.csv", "per_context.csv"):
-        lines = (folder / name).read_text().splitlines(keepends=True)
-        (folder / name).write_text("".join(line for line in lines if not line.startswith("40,")))
-    dmash.resume_run(folder).lock.close()
-    assert len((folder / "metrics.csv").read_text().splitlines()) == 1
-    assert dmash.main(["--resume", str(folder)]) == 0
-    assert same_run(folder, run)
-
-
-def test_a_kill_between_the_two_moves_of_a_save_loses_nothing(run, folder):
-    """The moment at which checkpoint.pt is on its way out and its successor not yet in."""
-    os.remove(folder / "checkpoint.pt")
+def test_a_kill_in_the_middle_of_a_save_loses_nothing(run, folder):
     (folder / "checkpoint.pt.partial").write_bytes(b"half")
     assert dmash.main(["--resume", str(folder)]) == 0
     assert same_run(folder, run)
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_a_folder_to_start_in(run, tmp_path):
+    (tmp_path / run.name).mkdir()
+    (tmp_path / run.name / "checkpoint.pt.partial").write_bytes(b"half")
+    assert dmash.main(small_arguments(tmp_path)) == 0
+    assert same_run(tmp_path / run.name, run)
+
+
+def test_a_checkpoint_is_saved_without_a_copy_of_the_replay(run):
+    rollout = dmash.Run(small_config(), "unused").rollout
+    for _ in range(10):
+        rollout.collect(random=True)
+    ring, saved = rollout.replay.rows, rollout.replay.state_dict()["rows"]
+    assert saved.data_ptr() == ring.data_ptr() and torch.equal(saved, ring[: rollout.replay.t])
+    assert saved.untyped_storage().nbytes() == saved.numel() * 4  # else torch would write the whole ring
+
+
+def test_code_that_changed_between_two_parts_of_a_run_shows(folder, monkeypatch):
+    monkeypatch.setattr(dmash, "code_version", lambda: "other")
+    before = json.loads((folder / "config.json").read_text())["version"]
+    for _ in range(2):
+        assert dmash.main(["--resume", str(folder)]) == 0
+    assert json.loads((folder / "config.json").read_text())["version"] == f"{before} + other"
 
 
 def test_steps_may_be_raised_on_resume(folder, capsys):
@@ -1200,7 +2170,7 @@ def test_steps_may_be_raised_on_resume(folder, capsys):
     assert json.loads((folder / "config.json").read_text())["steps"] == 50
     capsys.readouterr()
     assert dmash.main(["--resume", str(folder), "--steps", "45"]) == 2
-    assert "--steps 45: may only be raised on --resume, here from 50" in capsys.readouterr().err
+    assert "--steps 45: must be a whole number in [50, 1e9]" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of this kind are not sent on Windows")
@@ -1208,15 +2178,29 @@ def test_sigterm_saves_and_a_second_process_is_refused(run, tmp_path):
     command_line = [sys.executable, str(HERE / "dmash.py"), *small_arguments(tmp_path, steps=100_000)]
     process = subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / run.name
-    assert process.stdout.readline() == f"{folder}: 60 random steps, then 100,000 gradient steps\n"
+    assert process.stdout.readline() == f"{folder}: 60 random steps, then 100,000 gradient steps; threads: 1\n"
     assert process.stdout.readline().startswith("step 20 ")
     refused = command("--resume", folder)
     assert refused.returncode == 2 and refused.stderr == f"dmash.py: error: {folder} is in use by another process\n"
+    assert sorted(os.listdir(folder)) == sorted(dmash.FILES)  # nothing there that looks stale and could be removed
     process.terminate()
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0 and error == ""
     assert out.splitlines()[-1].endswith(f"to go on: python dmash.py --resume {folder}")
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] >= 20
+    assert dmash.load(folder / "checkpoint.pt")["step"] >= 20
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of this kind are not sent on Windows")
+def test_a_signal_that_the_parent_said_to_ignore_stops_nothing(run, tmp_path):
+    """As `nohup` and shells do for background jobs."""
+    script = [sys.executable, str(HERE / "dmash.py"), *small_arguments(tmp_path)]
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, preexec_fn=ignore)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline().startswith("step 20 ") and process.wait(timeout=60) == 0
+    assert same_run(tmp_path / run.name, run)
+    process.stdout.close()
 
 
 def test_another_seed_gives_another_run(run, tmp_path):
@@ -1228,42 +2212,63 @@ def test_training_predicts_the_dynamics_and_reads_the_sign():
     """Dynamics steps on real transitions predict far better than 'nothing changes' does; fed with the code of the
     other actuator sign, the model predicts the opposite, which is worse than 'nothing changes'."""
     cfg = small_config(contexts=8, batch=64, hidden=64, bottleneck=8, dynamics_lr=1e-3, mask=0.0)
-    agent, rollout = dmash.start(cfg)
+    run = dmash.Run(cfg, "unused")
+    agent, rollout = run.agent, run.rollout
     for _ in range(300):
         rollout.collect(random=True)
-    losses = [agent.dynamics_step(rollout.replay.sample(cfg.batch))[0].item() for _ in range(800)]
+    losses = []
+    for _ in range(800):
+        batch = rollout.replay.sample(cfg.batch)
+        loss = dmash.dynamics_loss(agent.f, agent.tell(batch.tau, batch.c, noisy=True)[1], batch)
+        losses.append(dmash.minimise(loss, agent.optimizers["dynamics"]).item())
     assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:5])
     batch = rollout.replay.sample(400)
     nothing = batch.ds.square().mean()
     sign = torch.tensor(rollout.envs.task.c["action_factor"].tolist()).repeat_interleave(50)
     with torch.no_grad():
-        z = agent.g(batch.tau, train=False)
+        z, _ = agent.g(batch.tau, noisy=False)
         right = dmash.dynamics_loss(agent.f, agent.h(z), batch)
         flipped = torch.where(sign.unsqueeze(-1) > 0, z[sign < 0].mean(0), z[sign > 0].mean(0))
         wrong = dmash.dynamics_loss(agent.f, agent.h(flipped), batch)
     assert right < 0.1 * nothing and wrong > nothing
 
 
-def test_a_training_step_updates_every_network(run):
-    """The short run took real gradient steps: its networks differ from the freshly seeded ones."""
-    fresh, _ = dmash.start(small_config())
-    trained = torch.load(run / "policy.pt", weights_only=True)
-    for net in dmash.Agent.NETWORKS:
-        for name, value in getattr(fresh, net).state_dict().items():
-            assert not torch.equal(value, trained[net][name]), (net, name)
+@pytest.mark.parametrize("method", dmash.METHODS)
+def test_every_method_trains_and_resumes_exactly(method, run, tmp_path, monkeypatch):
+    """Gradient steps move every weight of every network; a stopped and resumed run equals the undisturbed one."""
+    whole, folder = (tmp_path / out / f"di_inv__{method}__s1" for out in ("whole", "stopped"))
+    arguments = [small_arguments(path.parent, method=method, steps=6, eval_every=3) for path in (whole, folder)]
+    assert dmash.main(arguments[0]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(dmash, "catch_signals", stopping_after(60 + 3 + 125 + 1))  # random, gradient, evaluation
+        assert dmash.main(arguments[1]) == 0
+    assert dmash.load(folder / "checkpoint.pt")["step"] == 4
+    assert dmash.main(["--resume", str(folder)]) == 0
+    assert same_run(folder, whole)
+    fresh = dmash.Run(small_config(method=method), "unused").agent.state_dict()
+    trained = dmash.load(whole / "checkpoint.pt")["agent"]
+    assert set(fresh) == set(trained)
+    for name, weight in fresh.items():
+        assert not torch.equal(weight, trained[name]), name
 
 
-def test_plot_needs_no_more_than_the_run_folder(run, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib, which is optional, is not installed")
-    for name in ("config.json", "metrics.csv", "per_context.csv"):
-        (tmp_path / name).write_bytes((run / name).read_bytes())
-    assert dmash.plot(tmp_path) and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def command(*arguments, code=None, cwd=HERE):
-    script = ["-c", code] if code else [str(HERE / "dmash.py")]
-    script = [sys.executable, *script, *map(str, arguments)]
-    return subprocess.run(script, capture_output=True, text=True, cwd=cwd, timeout=300)
+def test_plots(run, tmp_path, monkeypatch):
+    """One panel of returns, one per binary dimension, one per other dimension, and a single one if those are many."""
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib, which is optional, is not installed").Figure
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for env_id, panels in (("di_inv", 3), ("ode", 3), ("ode_20", 2), ("cartpole_inv", 3)):
+        drawn = dmash.Run(small_config(env=env_id), tmp_path / "costs $5")
+        drawn.step, drawn.step_seconds, drawn.losses["critic_loss"] = 1, 1.0, [torch.zeros(())]
+        fake = lambda agent, cfg, contexts, *_, **__: (
+            np.ones((len(contexts), 1)),
+            np.zeros((len(contexts), 1), dtype=bool),
+        )
+        monkeypatch.setattr(dmash, "evaluate", fake)
+        drawn.evaluate()
+        assert len(dmash.draw(figure, drawn).axes) == panels
+    (tmp_path / "costs $5").mkdir()
+    dmash.plot(drawn)
+    assert (tmp_path / "costs $5" / "curve.png").exists()
 
 
 def test_command_line_end_to_end_without_matplotlib_and_tqdm(tmp_path):
@@ -1272,9 +2277,9 @@ def test_command_line_end_to_end_without_matplotlib_and_tqdm(tmp_path):
     done = command(*small_arguments(tmp_path, steps=4, eval_every=2), code=code)
     assert done.returncode == 0 and done.stderr == ""
     assert [line.split()[:2] for line in done.stdout.splitlines()[1:3]] == [["step", "2"], ["step", "4"]]
-    assert "curve.png" not in done.stdout
+    assert not (tmp_path / "di_inv__dma_star_sh__s1" / "curve.png").exists()
     again = command(*small_arguments(tmp_path, steps=4, eval_every=2))
-    assert again.returncode == 2 and "already holds this run" in again.stderr  # nothing is overwritten
+    assert again.returncode == 2 and "already holds a run" in again.stderr  # nothing is overwritten
     assert len(read(tmp_path / "di_inv__dma_star_sh__s1" / "metrics.csv")) == 2
 
 
@@ -1297,15 +2302,21 @@ def test_every_environment_trains_end_to_end(env_id, tmp_path, monkeypatch):
         "index",
         *(dim.name for dim in spec.context),
         "return",
+        "diverged",
     ]
 
 
-def test_list_envs(capsys):
-    assert dmash.main(["--list-envs"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_tables_of_environments_and_methods(capsys):
+    lines = aib_envs.table().splitlines()
     assert [line.split()[0] for line in lines] == ["id", *aib_envs.ENVS]
     assert lines[5].split()[:6] == ["cartpole_inv", "Cartpole", "non-overlapping", "1000", "128", "100000"]
     assert lines[5].endswith("length 0.5, [0.3, 0.85], [0.1, 2]; action_factor in {-1, 1}")
+    done = subprocess.run([sys.executable, HERE / "aib_envs.py"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines() == lines
+    assert dmash.main(["--list-methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["--method", *dmash.METHODS]
+    assert lines[7].split()[:6] == ["da", "DA", "true", "adapter", "nothing", "own"]
 
 
 def test_importing_has_no_side_effect(tmp_path):
@@ -1326,18 +2337,10 @@ def test_importing_has_no_side_effect(tmp_path):
     assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
 
 
-def test_benchmark_prints_every_phase(capsys):
-    assert dmash.main("--benchmark --env di_inv --contexts 4 --batch 16 --threads 1".split()) == 0
-    out = capsys.readouterr().out
-    for word in (
-        "gradient acting environments batch dynamics critic actor targets rest vector peak update matrix ratio".split()
-    ):
-        assert any(line.split()[0] == word for line in out.splitlines()), word
-
-
-def test_whole_numbers_may_be_written_with_an_exponent():
-    settings = dmash.build_parser().parse_args(["--steps", "1e5", "--seed", "4294967295"])
-    assert (settings.steps, settings.seed) == (100_000, 4294967295)
+def test_numbers_may_be_text_also_with_an_exponent():
+    cfg = dmash.Config(steps="1e5", seed="4294967295", gamma="1", critic_lr=1)
+    assert (cfg.steps, cfg.seed, cfg.gamma, cfg.critic_lr) == (100_000, 4294967295, 1.0, 1.0)
+    assert [type(value) for value in (cfg.steps, cfg.seed, cfg.gamma, cfg.critic_lr)] == [int, int, float, float]
 
 
 def test_help_names_every_setting():
@@ -1349,65 +2352,66 @@ def test_help_names_every_setting():
 BAD_COMMANDS = [
     ("--env cartpole", "unknown environment 'cartpole' (did you mean cartpole_inv?)"),
     ("--env nonsense", "unknown environment 'nonsense'; known: di_inv, di_friction, di_perm, ode, cartpole_inv, "),
-    ("--stepz 5", "unknown argument '--stepz' (did you mean --steps?)"),
-    ("extra", "unknown argument 'extra'"),
-    ("--steps 0", "--steps 0: must be in [1, 1e9]"),
-    ("--steps -5", "--steps -5: must be in [1, 1e9]"),
-    ("--steps 1.5", "'1.5': must be a whole number in [1, 1e9]"),
-    ("--steps many", "'many': must be a whole number in [1, 1e9]"),
+    ("--stepz 5", "unrecognized arguments: --stepz 5"),
+    ("extra", "unrecognized arguments: extra"),
+    ("--steps 0", "--steps 0: must be a whole number in [1, 1e9]"),
+    ("--steps -5", "--steps -5: must be a whole number in [1, 1e9]"),
+    ("--steps 1.5", "--steps 1.5: must be a whole number in [1, 1e9]"),
+    ("--steps many", "--steps many: must be a whole number in [1, 1e9]"),
     ("--steps", "expected one argument"),
-    ("--seed -1", "--seed -1: must be in [0, 4294967295]"),
-    ("--gamma 1.5", "--gamma 1.5: must be in [0, 1]"),
-    ("--gamma nan", "--gamma nan: must be in [0, 1]"),
-    ("--tau 0", "--tau 0.0: must be in (0, 1]"),
-    ("--mask -0.1", "--mask -0.1: must be in [0, 1]"),
-    ("--subsample 0", "--subsample 0.0: must be in (0, 1]"),
-    ("--critic-lr 0", "--critic-lr 0.0: must be in (0, 1]"),
-    ("--actor-lr inf", "--actor-lr inf: must be in (0, 1]"),
-    ("--K 0", "--K 0: must be in [1, 1e6]"),
+    ("--seed -1", "--seed -1: must be a whole number in [0, 4294967295]"),
+    ("--gamma 1.5", "--gamma 1.5: must be a number in [0, 1]"),
+    ("--gamma nan", "--gamma nan: must be a number in [0, 1]"),
+    ("--polyak 0", "--polyak 0: must be a number in (0, 1]"),
+    ("--mask -0.1", "--mask -0.1: must be a number in [0, 1]"),
+    ("--subsample 0", "--subsample 0: must be a number in (0, 1]"),
+    ("--critic-lr 0", "--critic-lr 0: must be a number in (0, 1]"),
+    ("--actor-lr inf", "--actor-lr inf: must be a number in (0, 1]"),
+    ("--K 0", "--K 0: must be a whole number in [1, 1e6]"),
     ("--env di_inv --K 101", "--K 101: must be at most the horizon, 100 for di_inv"),
     ("--buffer 128", "--buffer 128: must be more than --K, here 128"),
     ("--batch 19", "--batch 19: must be at least --contexts, here 20"),
-    ("--d-z 6", "--d-z 6: must be a multiple of --simnorm-group, here 4"),
-    ("--log-std-min 3", "--log-std-min 3.0: must be below --log-std-max, here 2.0"),
-    ("--threads 0", "--threads 0: must be in [1, 1024]"),
+    ("--d-z 6", "--d-z 6: must be a multiple of 4"),
+    ("--method dma_sta_sh", "unknown method 'dma_sta_sh' (did you mean dma_star_sh?)"),
+    ("--method da --mask 0.4", "--mask 0.4: da has no encoder"),
+    ("--threads 0", "--threads 0: must be a whole number in [1, 1024]"),
     ("--device gpu", "--device gpu: not usable here; allowed: cpu"),
-    ("--per-context", "--per-context: allowed only with --eval RUN_FOLDER"),
-    ("--eval nowhere", "--eval nowhere: no run folder"),
+    ("--per-context", "--per-context: allowed only with --eval RUN"),
+    ("--eval nowhere", "--eval nowhere: no such file; allowed: a run folder with a policy.pt, or such a file"),
     ("--eval nowhere --steps 5", "--steps: not with --eval"),
-    ("--eval nowhere --benchmark", "not allowed with argument --eval"),
+    ("--eval nowhere --list-methods", "not allowed with argument --eval"),
     ("--eval nowhere --resume elsewhere", "not allowed with argument --eval"),
     ("--resume nowhere", "--resume nowhere: no run folder"),
     ("--resume nowhere --seed 3", "--seed: not with --resume, which allows --steps"),
+    ("--resume nowhere --method dr", "--method: not with --resume, which allows --steps"),
     ("--device meta", "--device meta: not usable here; allowed: cpu"),
-    ("--out /dev/null", "--out /dev/null: cannot write"),
+    ("--out /dev/null", "/dev/null/cartpole_inv__dma_star_sh__s1: Not a directory"),
     ("--env", "expected one argument"),
     ("--env ode_21", "unknown environment 'ode_21' (did you mean ode_2?)"),
-    ("--steps 1e-3", "'1e-3': must be a whole number in [1, 1e9]"),
-    ("--steps inf", "'inf': must be a whole number in [1, 1e9]"),
-    ("--steps 10000000000", "--steps 10000000000: must be in [1, 1e9]"),
-    ("--seed one", "'one': must be a whole number in [0, 4294967295]"),
-    ("--seed 4294967296", "--seed 4294967296: must be in [0, 4294967295]"),
-    ("--contexts 0", "--contexts 0: must be in [1, 1000]"),
-    ("--eval-every 0", "--eval-every 0: must be in [1, 1e9]"),
-    ("--rollouts 0", "--rollouts 0: must be in [1, 1000]"),
-    ("--mask 1.01", "--mask 1.01: must be in [0, 1]"),
-    ("--mask half", "'half': must be a number in [0, 1]"),
-    ("--subsample 1.1", "--subsample 1.1: must be in (0, 1]"),
-    ("--dynamics-lr -1", "--dynamics-lr -1.0: must be in (0, 1]"),
-    ("--actor-every 0", "--actor-every 0: must be in [1, 1000]"),
+    ("--steps 1e-3", "--steps 1e-3: must be a whole number in [1, 1e9]"),
+    ("--steps inf", "--steps inf: must be a whole number in [1, 1e9]"),
+    ("--steps 10000000000", "--steps 10000000000: must be a whole number in [1, 1e9]"),
+    ("--seed one", "--seed one: must be a whole number in [0, 4294967295]"),
+    ("--seed 4294967296", "--seed 4294967296: must be a whole number in [0, 4294967295]"),
+    ("--contexts 0", "--contexts 0: must be a whole number in [1, 1000]"),
+    ("--eval-every 0", "--eval-every 0: must be a whole number in [1, 1e9]"),
+    ("--rollouts 0", "--rollouts 0: must be a whole number in [1, 1000]"),
+    ("--mask 1.01", "--mask 1.01: must be a number in [0, 1]"),
+    ("--mask half", "--mask half: must be a number in [0, 1]"),
+    ("--subsample 1.1", "--subsample 1.1: must be a number in (0, 1]"),
+    ("--dynamics-lr -1", "--dynamics-lr -1: must be a number in (0, 1]"),
+    ("--alpha-lr -1e-3", "expected one argument"),
     (
         "--env di_inv --contexts 1000 --batch 1000 --buffer 1000000000 --steps 1 --random-steps 30",
         "not enough memory for these settings",
     ),
-    ("--eval=", "--eval .: no run folder"),
+    ("--eval=", "--eval policy.pt: no such file"),
     ("--resume=", "--resume .: no run folder"),
-    ("--list-envs --gamma 0.9", "--gamma: not with --list-envs, which allows nothing else"),
-    ("--benchmark --steps 5", "--steps: not with --benchmark, which allows --env, --seed, --device, --threads, "),
-    ("--hidden 100000", "--hidden 100000: must be in [1, 10000]"),
-    ("--log-std-max nan", "--log-std-max nan: must be in (-inf, inf)"),
-    ("--list-envs --benchmark", "not allowed with argument --list-envs"),
-    ("--resume nowhere --per-context", "--per-context: allowed only with --eval RUN_FOLDER"),
+    ("--list-methods --gamma 0.9", "--gamma: not with --list-methods, which allows no setting"),
+    ("--device hpu", "--device hpu: not usable here; allowed: cpu"),
+    ("--hidden 100000", "--hidden 100000: must be a whole number in [1, 10000]"),
+    ("--list-methods --resume x", "not allowed with argument --list-methods"),
+    ("--resume nowhere --per-context", "--per-context: allowed only with --eval RUN"),
     ("--device cuda:99", "--device cuda:99: not usable here; allowed: cpu"),
 ]
 
@@ -1422,24 +2426,31 @@ def test_bad_input_gets_one_line_and_status_2(arguments, message, capsys, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def resaved(**changes):
+    """A policy file with sound check sums and other contents."""
+    return lambda data: saved(torch.load(io.BytesIO(data), weights_only=True) | changes)
+
+
+SETTINGS = dataclasses.asdict(small_config())
 DAMAGES = [
-    ("policy.pt", lambda data: data[: len(data) // 2], "policy.pt cannot be read"),
-    ("policy.pt", lambda data: b"", "policy.pt cannot be read"),
-    ("policy.pt", None, "no policy.pt"),
-    ("config.json", lambda data: data[:20], "config.json cannot be read"),
-    ("config.json", lambda data: b"[1]", "config.json cannot be read"),
-    ("config.json", lambda data: data.replace(b'"gamma": 0.99', b'"gamma": 7'), "--gamma 7: must be in [0, 1]"),
-    ("config.json", lambda data: data.replace(b'"gamma"', b'"gamme"'), "config.json cannot be read"),
-    ("config.json", lambda data: data.replace(b'"di_inv"', b"[1]"), "unknown environment '[1]'; known: "),
-    ("config.json", lambda data: data.replace(b'"hidden": 256', b'"hidden": 128'), "policy.pt cannot be read"),
-    ("config.json", None, "no run folder"),
+    (lambda data: data[: len(data) // 2], "policy.pt cannot be read"),
+    (lambda data: b"", "policy.pt cannot be read"),
+    (None, "no such file"),
+    (lambda data: saved([1]), "policy.pt cannot be read"),
+    (resaved(settings=SETTINGS | {"gamma": 7}), "policy.pt cannot be read (--gamma 7: must be a number in [0, 1])"),
+    (resaved(settings=SETTINGS | {"gamme": 1}), "policy.pt cannot be read"),
+    (resaved(settings=SETTINGS | {"env": [1]}), "policy.pt cannot be read"),
+    (resaved(settings=SETTINGS | {"env": "cartpool"}), "policy.pt cannot be read (unknown environment 'cartpool'"),
+    (resaved(settings=SETTINGS | {"hidden": 128}), "policy.pt cannot be read"),
+    (resaved(agent={}), "policy.pt cannot be read (no g.embed.weight)"),
+    (resaved(step="x"), "policy.pt cannot be read"),
 ]
 
 
-@pytest.mark.parametrize("name, damage, message", DAMAGES)
-def test_damaged_run_folders_are_named_as_such(name, damage, message, folder, capsys):
-    data = (folder / name).read_bytes()
-    (folder / name).write_bytes(damage(data)) if damage else os.remove(folder / name)
+@pytest.mark.parametrize("damage, message", DAMAGES)
+def test_damaged_policies_are_named_as_such(damage, message, folder, capsys):
+    path = folder / "policy.pt"
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     assert dmash.main(["--eval", str(folder)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error, error
@@ -1467,7 +2478,7 @@ def survive_kills(out, kills):
     written when it was killed (the last row's step, or None) and whether all that and the end equal an undisturbed run.
     """
     sys.modules["matplotlib"] = None  # what is imported late would be most of the time
-    dmash.start(small_config())
+    dmash.Run(small_config(), "unused")
     aib_envs.ENVS["di_inv"] = dataclasses.replace(aib_envs.ENVS["di_inv"], horizon=20)
     settings = dict(steps=24, eval_every=3, random_steps=30, K=8)
     name, rng, found = "di_inv__dma_star_sh__s1", np.random.default_rng(0), []
@@ -1480,9 +2491,9 @@ def survive_kills(out, kills):
         rows = timeless(read(folder / "metrics.csv")) if (folder / "metrics.csv").exists() else []
         kept = rows == timeless(read(whole / "metrics.csv"))[: len(rows)]
         for path in folder.glob("*.pt"):
-            dmash.load(path, "cpu")  # raises if it is damaged
+            dmash.load(path)  # raises if it is damaged
         if status == -signal.SIGKILL:
-            begun = (folder / "config.json").exists()
+            begun = (folder / "checkpoint.pt").exists()
             status = in_child(["--resume", str(folder)] if begun else arguments)
         found.append((rows[-1]["step"] if rows else None, kept and status == 0 and same_run(folder, whole)))
         shutil.rmtree(folder)
@@ -1506,31 +2517,46 @@ def test_runs_killed_at_random_times_resume_to_the_same_end(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="this limit is not known to Windows")
-@pytest.mark.parametrize("file, limit", [("policy.pt", 10_000), ("checkpoint.pt", None)])
-def test_a_full_disk_stops_the_run_and_loses_nothing(file, limit, run, tmp_path):
-    """A limit on the size of a file: no room for the first policy.pt, or for the second, larger checkpoint.pt."""
-    limit = limit or (run / "checkpoint.previous.pt").stat().st_size + 100
-    assert limit < (run / file).stat().st_size
+@pytest.mark.parametrize("when", ["first", "later"])
+def test_a_full_disk_stops_the_run_and_loses_nothing(when, run, tmp_path, monkeypatch):
+    """A limit on the size of a file: no room for the first checkpoint.pt, or for the one of the first evaluation."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dmash, "catch_signals", stopping_after(61))
+        assert dmash.main(small_arguments(tmp_path / "other")) == 0
+    limit = 10_000 if when == "first" else (tmp_path / "other" / run.name / "checkpoint.pt").stat().st_size
     code = "import resource as r, sys, dmash; r.setrlimit(r.RLIMIT_FSIZE, ({0}, {0})); sys.exit(dmash.main())"
     done = command(*small_arguments(tmp_path), code=code.format(limit))
-    folder, step = tmp_path / run.name, 20 if limit == 10_000 else 40
-    assert done.returncode == 2 and done.stderr == (
-        f"dmash.py: error: step {step}: cannot write {folder / file} (File too large); the run stops, its earlier "
-        f"files are intact; to go on: python dmash.py --resume {folder}\n"
-    )
+    folder = tmp_path / run.name
+    assert done.returncode == 2
+    assert done.stderr == f"dmash.py: error: {folder / 'checkpoint.pt'}: File too large\n", done.stderr
     assert not list(folder.glob("*.partial"))
-    assert (folder / "checkpoint.pt").exists() == (step == 40)
-    assert step == 20 or dmash.load(folder / "checkpoint.pt", "cpu")["step"] == 20
-    assert dmash.main(["--resume", str(folder)]) == 0
+    assert (folder / "checkpoint.pt").exists() == (when == "later")
+    if when == "later":
+        assert dmash.load(folder / "checkpoint.pt")["step"] == 0
+    assert dmash.main(["--resume", str(folder)] if when == "later" else small_arguments(tmp_path)) == 0
     assert same_run(folder, run)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open folder cannot be removed on Windows")
+def test_a_folder_that_vanishes_is_told(run, tmp_path, monkeypatch, capsys):
+    evaluate = dmash.evaluate
+
+    def vanish(*args, **kwargs):
+        shutil.rmtree(tmp_path / run.name)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(dmash, "evaluate", vanish)
+    assert dmash.main(small_arguments(tmp_path)) == 2
+    message = f"{tmp_path / run.name / 'checkpoint.pt'}: No such file or directory"
+    assert capsys.readouterr().err == f"dmash.py: error: {message}\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="these permissions are not known to Windows")
 def test_a_folder_that_cannot_be_written(run):
     """As a user without rights on it. It can still be evaluated."""
     code = """if True:
-        import os, sys, dmash
-        dmash.start(dmash.Config("di_inv"))  # what is imported late may be out of that user's reach
+        import os, sys, dmash, torch.utils.serialization
+        dmash.Run(dmash.Config("di_inv"), "unused")  # what is imported late may be out of that user's reach
         os.getuid() or os.setuid(65534)
         sys.exit(dmash.main())"""
     with tempfile.TemporaryDirectory() as there:
@@ -1544,10 +2570,10 @@ def test_a_folder_that_cannot_be_written(run):
         finally:
             for path in (folder, Path(there)):
                 path.chmod(0o755)
-        assert new.returncode == 2 and new.stderr == (
-            f"dmash.py: error: --out {there}: cannot write {there}/di_inv__dma_star_sh__s2 (Permission denied)\n"
-        )
-        assert resumed.returncode == 2 and resumed.stderr == f"dmash.py: error: {folder}/lock: Permission denied\n"
+        assert new.returncode == 2
+        assert new.stderr == f"dmash.py: error: {there}/di_inv__dma_star_sh__s2: Permission denied\n"
+        assert resumed.returncode == 2
+        assert resumed.stderr == f"dmash.py: error: {folder}/checkpoint.pt: Permission denied\n"
         assert evaluated.returncode == 0 and evaluated.stderr == ""
         assert sorted(os.listdir(folder)) == sorted(os.listdir(run))
 
@@ -1555,14 +2581,14 @@ def test_a_folder_that_cannot_be_written(run):
 def test_flipped_bits_are_found(run, tmp_path):
     """Wherever a bit of a checkpoint is flipped: the file is refused, or the bit meant nothing."""
     data, rng = (run / "checkpoint.pt").read_bytes(), np.random.default_rng(0)
-    whole, refused = dmash.load(run / "checkpoint.pt", "cpu"), 0
+    whole, refused = dmash.load(run / "checkpoint.pt"), 0
     places = [*rng.integers(len(data), size=15), *rng.integers(2000, size=5), *(len(data) - rng.integers(2000, size=5))]
     for place in places:
         damaged = bytearray(data)
         damaged[place] ^= 1 << rng.integers(8)
         (tmp_path / "checkpoint.pt").write_bytes(damaged)
         try:
-            state = dmash.load(tmp_path / "checkpoint.pt", "cpu")
+            state = dmash.load(tmp_path / "checkpoint.pt")
         except Exception:
             refused += 1
         else:
@@ -1570,39 +2596,38 @@ def test_flipped_bits_are_found(run, tmp_path):
     assert refused >= 15
 
 
-@pytest.mark.parametrize(
-    "damage, reason",
-    [
-        (lambda data: data[: len(data) // 2], ""),
-        (lambda data: b"", ""),
-        (lambda data: b"x" * 1000, ""),
-        (lambda data: data[:1_000_000] + bytes([data[1_000_000] ^ 1]) + data[1_000_001:], "is damaged"),
-        (lambda data: saved({"g": 1}), "'config'"),
-        (lambda data: saved([1, 2]), ""),
-        (lambda data: saved({"config": dataclasses.asdict(small_config()) | {"out": "x"}}), "'step'"),
-    ],
-)
-def test_damaged_and_foreign_checkpoints_are_refused_and_the_one_before_offered(damage, reason, folder, run, capsys):
+WRONG_CHECKPOINTS = [
+    (lambda data: data[: len(data) // 2], ""),
+    (lambda data: b"", ""),
+    (lambda data: b"x" * 1000, ""),
+    (lambda data: data[:1_000_000] + bytes([data[1_000_000] ^ 1]) + data[1_000_001:], "is damaged"),
+    (lambda data: saved({"g": 1}), "'settings'"),
+    (lambda data: saved([1, 2]), ""),
+    (lambda data: saved({"settings": SETTINGS | {"out": "x"}}), "'step'"),
+    (resaved(settings=SETTINGS | {"hidden": 128}), ""),
+    (resaved(settings={name: SETTINGS[name] for name in ("env", "seed")} | {"gamme": 1}), "'gamme'"),
+    (resaved(settings=SETTINGS | {"device": "cuda:99"}), "--device cuda:99: not usable here"),
+    (resaved(step="x"), "step 'x', evaluated at 40, of 40"),
+    (resaved(step=40.5), "step 40.5, evaluated at 40, of 40"),
+    (resaved(step=75), "step 75, evaluated at 40, of 40"),
+    (resaved(step=39), "step 39, evaluated at 40, of 40"),
+    (resaved(losses={}), "'dynamics_loss'"),
+    (resaved(history=[{"metrics": {}}]), "'step'"),
+    (resaved(rollout={}), "'replay'"),
+    (resaved(generators=[]), ""),
+]
+
+
+@pytest.mark.parametrize("damage, reason", WRONG_CHECKPOINTS)
+def test_damaged_and_foreign_checkpoints_are_refused(damage, reason, folder, capsys):
     path = folder / "checkpoint.pt"
     path.write_bytes(damage(path.read_bytes()))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert dmash.main(["--resume", str(folder)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"dmash.py: error: --resume {folder}: checkpoint.pt cannot be read (") and reason in error
-    assert error.endswith("; if you move it away, --resume goes on from checkpoint.previous.pt\n")
     assert error.count("\n") == 1
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
-    path.rename(folder / "away")
-    assert dmash.main(["--resume", str(folder)]) == 0 and same_run(folder, run)
-
-
-def test_a_checkpoint_of_other_settings_is_refused(folder, capsys):
-    (folder / "checkpoint.pt").write_bytes(saved({"config": dataclasses.asdict(small_config(seed=2, K=8))}))
-    assert dmash.main(["--resume", str(folder)]) == 2
-    assert capsys.readouterr().err == (
-        f"dmash.py: error: --resume {folder}: checkpoint.pt is of a run with other settings (--seed 2 there and 1 "
-        "here, --K 8 there and 24 here)\n"
-    )
 
 
 def as_text(state):
@@ -1615,21 +2640,17 @@ def saved(state):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name, data", [("metrics.csv", b""), ("per_context.csv", b"step\nx,1\n")])
-def test_damaged_tables_are_named(name, data, folder, capsys):
-    (folder / name).write_bytes(data)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_run_without_its_checkpoint_is_neither_resumed_nor_written_over(rows, folder, capsys):
+    (folder / "checkpoint.pt").unlink()
+    lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join(lines[: 1 + rows]))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert dmash.main(["--resume", str(folder)]) == 2
-    assert f"--resume {folder}: {name} cannot be read" in capsys.readouterr().err
-    assert (folder / name).read_bytes() == data
-
-
-def test_a_run_without_its_checkpoints_is_not_started_anew(folder, capsys):
-    for path in folder.glob("checkpoint*"):
-        path.unlink()
-    before = (folder / "metrics.csv").read_bytes()
-    assert dmash.main(["--resume", str(folder)]) == 2
-    assert "no checkpoint.pt, but metrics.csv goes to step 40" in capsys.readouterr().err
-    assert (folder / "metrics.csv").read_bytes() == before
+    assert f"--resume {folder}: no run folder (it has no checkpoint.pt)" in capsys.readouterr().err
+    assert dmash.main(small_arguments(folder.parent)) == 2
+    assert f"{folder} already holds a run (policy.pt, config.json, metrics.csv" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("file, option", [("policy.pt", "--eval"), ("checkpoint.pt", "--resume")])
@@ -1643,29 +2664,43 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(file, option, folder, tmp_pat
     assert f"{file} cannot be read" in capsys.readouterr().err and not (tmp_path / "attacked").exists()
 
 
-def test_a_folder_with_results_but_no_config_is_refused(folder, capsys):
-    (folder / "config.json").unlink()
-    before = (folder / "metrics.csv").read_bytes()
-    assert dmash.main(small_arguments(folder.parent)) == 2
-    assert f"{folder} already holds metrics.csv, per_context.csv, policy.pt, checkpoint.pt" in capsys.readouterr().err
-    assert before == (folder / "metrics.csv").read_bytes()
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_output_that_cannot_be_written_is_told_once():
     with open("/dev/full", "w") as full:
-        script = [sys.executable, str(HERE / "dmash.py"), "--list-envs"]
+        script = [sys.executable, str(HERE / "dmash.py"), "--list-methods"]
         done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "dmash.py: error: output: No space left on device\n")
 
 
-def test_a_folder_of_another_configuration_is_refused(run, capsys):
+@pytest.mark.skipif(os.name == "nt", reason="streams are closed like this by Unix shells")
+@pytest.mark.parametrize("closing", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_closed_streams_cost_nothing(closing, run, tmp_path):
+    line = " ".join([sys.executable, str(HERE / "dmash.py"), *small_arguments(tmp_path)])
+    done = subprocess.run(f"{line} {closing}", shell=True, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert same_run(tmp_path / run.name, run)
+
+
+def test_a_console_that_cannot_show_a_name_costs_nothing(run, tmp_path):
+    out = tmp_path / "läufe"
+    done = command(*small_arguments(out, steps=2), environment={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "") and "l\\xe4ufe" in done.stdout
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, which is optional, is not installed")
+    done = command(*small_arguments(tmp_path, steps=2), environment={"MPLBACKEND": "nonsense"})
+    assert (done.returncode, done.stderr) == (0, "") and "\ncurve.png is not drawn (" in done.stdout
+    assert len(done.stdout.splitlines()) == 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"steps": 30, "batch": 16}])
+def test_a_folder_that_holds_a_run_is_refused(changes, run, capsys):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert dmash.main(small_arguments(run.parent, steps=30, batch=16)) == 2
+    assert dmash.main(small_arguments(run.parent, **changes)) == 2
     assert capsys.readouterr().err == (
-        f"dmash.py: error: {run} already holds a run with other settings (--steps 40 there and 30 here, "
-        f"--batch 32 there and 16 here); choose another --seed or --out, or go on with --resume {run} "
-        "(where --steps may be raised)\n"
+        f"dmash.py: error: {run} already holds a run ({', '.join(dmash.FILES)}); choose another --seed or --out, "
+        f"or go on with --resume {run}\n"
     )
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
 
@@ -1684,18 +2719,32 @@ def poison(step, target, when):
 
 
 def nan_weight(agent, losses):
-    agent.Q_target.head.bias.data[0] = math.nan
+    agent.Q_target.Q1.head.bias.data[0] = math.nan
     return losses
+
+
+def poison_loss(name, when):
+    """The same for one of the loss functions: its value, the first where there are two."""
+    function, calls = getattr(dmash, name), []
+
+    def poisoned(*args):
+        calls.append(1)
+        result = function(*args)
+        if len(calls) < when:
+            return result
+        return (result[0] * math.nan, *result[1:]) if isinstance(result, tuple) else result / 0
+
+    return dmash, name, poisoned
 
 
 NOT_FINITE = {  # what goes wrong at gradient step 30: 24 warm-up steps and 60 random ones come before the first
     "observation": lambda: poison(lambda envs, out: (out[0] * np.nan, *out[1:]), (aib_envs.VectorEnv, "step"), 114),
     "reward": lambda: poison(lambda envs, out: (out[0], out[1] + np.inf, out[2]), (aib_envs.VectorEnv, "step"), 114),
     "action": lambda: poison(lambda agent, a: a * math.nan, (dmash.Agent, "act"), 30),
-    "dynamics_loss": lambda: poison(lambda agent, out: (out[0] / 0, out[1]), (dmash.Agent, "dynamics_step"), 30),
-    "critic_loss": lambda: poison(lambda agent, loss: loss * math.nan, (dmash.Agent, "critic_step"), 30),
-    "actor_loss": lambda: poison(lambda agent, loss: loss * math.inf, (dmash.Agent, "actor_step"), 15),
-    "weight Q_target.head.bias": lambda: poison(nan_weight, (dmash.Agent, "update"), 40),
+    "dynamics_loss": lambda: poison_loss("dynamics_loss", 30),
+    "critic_loss": lambda: poison_loss("critic_loss", 30),
+    "actor_loss": lambda: poison_loss("actor_loss", 29),  # twice at every second step
+    "weight Q_target.Q1.head.bias": lambda: poison(nan_weight, (dmash.Agent, "update"), 40),
 }
 
 
@@ -1703,13 +2752,13 @@ NOT_FINITE = {  # what goes wrong at gradient step 30: 24 warm-up steps and 60 r
 def test_numbers_that_go_wrong_stop_the_run(name, run, tmp_path, capsys, monkeypatch):
     folder = tmp_path / run.name
     with monkeypatch.context() as patch:
-        patch.setattr(dmash, "evaluate", lambda agent, cfg, *_: np.zeros((3, cfg.contexts)))
+        patch.setattr(dmash, "evaluate", lambda agent, cfg, contexts, *_, **__: np.zeros((2, len(contexts), 1), int))
         patch.setattr(*NOT_FINITE[name]())
         assert dmash.main(small_arguments(tmp_path)) == 1
     step = 40 if name.startswith("weight") else 30
     message = f"step {step}: {name} is not finite; the run stops, the last checkpoint in {folder} is untouched"
     assert capsys.readouterr().err == f"dmash.py: error: {message}\n"
-    assert [dmash.load(folder / file, "cpu")["step"] for file in ("checkpoint.pt", "policy.pt")] == [20, 20]
+    assert [dmash.load(folder / file)["step"] for file in ("checkpoint.pt", "policy.pt")] == [20, 20]
     assert dmash.main(["--resume", str(folder)]) == 0  # without the fault
 
 
@@ -1721,13 +2770,35 @@ def test_a_simulation_that_diverges_stops_the_run(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err.endswith("__s1 is untouched\n")
 
 
+def test_an_evaluation_that_diverges_is_told_and_training_goes_on(run, tmp_path, monkeypatch, capsys):
+    """The lightest mass of eval_out flies off: its column counts it, its return is what came before."""
+    advance = aib_envs.DoubleIntegrator.advance
+
+    def fly_off(task, actions):
+        advance(task, actions)
+        task.p[task.c["mass"] < 0.2] = np.nan
+
+    monkeypatch.setattr(aib_envs.DoubleIntegrator, "advance", fly_off)
+    assert dmash.main(small_arguments(tmp_path)) == 0
+    lines, rows = capsys.readouterr().out.splitlines(), read(tmp_path / run.name / "metrics.csv")
+    assert [line.endswith("  1 evaluation episodes diverged") for line in lines] == [False, True, True, False]
+    assert [[row[f"diverged_{name}"] for name in dmash.SETS] for row in rows] == [["0", "0", "1"]] * 2
+    assert all(row[name] != "nan" for row in rows for name in dmash.SETS)
+    contexts = read(tmp_path / run.name / "per_context.csv")
+    assert [row["mass"] for row in contexts if row["diverged"] == "1"] == ["0.1", "0.1"]
+    policies = [dmash.load(folder / "policy.pt")["agent"] for folder in (tmp_path / run.name, run)]
+    assert all(torch.equal(weight, policies[1][name]) for name, weight in policies[0].items())
+
+
 def test_signal_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with dmash.catch_signals() as caught:
+    with dmash.catch_signals() as stop:
+        stop()
         signal.raise_signal(signal.SIGINT)
-        assert caught == [signal.SIGINT]
+        with pytest.raises(dmash.Stopped):
+            stop()
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
@@ -1738,6 +2809,9 @@ def test_signal_handlers_are_put_back():
 
 def main():
     """Prints how far each environment is from its reference, what a step of 20 contexts costs, and faults survived."""
+    sys.path.insert(0, str(HERE / "studies"))
+    from benchmark import vector_step_times
+
     print("| id | contexts tried | observation | reward | state |\n|---|---|---|---|---|")
     for env_id in ORACLES:
         worst, contexts = largest_differences(env_id)
@@ -1748,7 +2822,7 @@ def main():
     for env_id in aib_envs.ENVS:
         if env_id.startswith("ode_"):
             continue
-        vector, bare = dmash.vector_step_times(env_id, 20)
+        vector, bare = vector_step_times(env_id, 20)
         row = [f"{vector:.2f}", *((f"{bare:.2f}", f"{vector / bare:.2f}") if bare else ("–", "–"))]
         if env_id in ORACLES:
             references = [oracle(env_id, context) for context in aib_envs.context_sets(env_id)["train"]]
