@@ -2,8 +2,9 @@
 
 A hidden context (an arm's length, a flipped actuator) changes the dynamics. An encoder reads it from the last K
 transitions; a hypernetwork turns what it read into the weights of one small adapter; the dynamics model, the policy
-and both critics all carry that same adapter. Only the dynamics model's prediction error trains the two; to the RL
-losses the adapter is a constant. Nothing is trained at evaluation, on contexts never seen before (zero-shot).
+and both critics all carry that same adapter. Encoder and hypernetwork are trained by the dynamics model's prediction
+error alone; to the RL losses the adapter is a constant. Nothing is trained at evaluation, on contexts never seen before
+(zero-shot).
 
     window of K past transitions (s, a, δs)
         │  τ (B, L, 2 d_s + d_a)      L = ⌊0.2 K⌋ of them
@@ -12,7 +13,9 @@ losses the adapter is a constant. Nothing is trained at evaluation, on contexts 
                                                                 ├──▶ policy π_{ξ,ω}           trains ξ only   (Eq. 2)
                                                                 └──▶ critics Q_{ζ,ω}          trains ζ only   (Eq. 2)
 
-Algorithm 2, the lines by which `Rollout.step` (line 1) and `Agent.update` (lines 2 to 7) are numbered:
+Algorithm 2. Line 1 is `Rollout.step`, sampling is `Replay.sample`, the rest is `Agent.update`, line by line. A gradient
+step is one step of all training contexts (line 1) and one update; an episode begins with K further steps (`Rollout.
+begin_episode`), a run with 5,000 steps of random actions. α₁, α₂, α₃ are learning rates, α is the temperature.
 
     1  in every training context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
     2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
@@ -21,6 +24,9 @@ Algorithm 2, the lines by which `Rollout.step` (line 1) and `Agent.update` (line
     5  ζ ← ζ − α₂ ∇L_ζ, target r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s')), a' ~ π_{ξ,ω}(·|s')
     6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, then the temperature α
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄), ρ the Polyak rate
+
+What f, π and Q are given of the context is `told` in the code: ω in DMA*-SH, something else in the methods that it is
+compared with (METHODS, which a first reader may skip).
 
     python dmash.py --env cartpole_inv                              train, evaluate, save and plot one run
     python dmash.py --env cartpole_inv --method concat              the same with another method of the comparison
@@ -59,7 +65,7 @@ import torch.nn.functional as F
 
 import aib_envs
 
-# ---- The methods of the comparison. A first reader needs the first row only: the defaults are DMA*-SH. ----------
+# ---- The methods of the comparison: the defaults are DMA*-SH ----------
 
 
 class Method(NamedTuple):
@@ -73,7 +79,7 @@ class Method(NamedTuple):
     mask: float = 0.4  # probability of masking each input vector of the encoder
     input_norm: bool = True  # AvgL1Norm in the encoder
     output_norm: bool = True  # SimNorm in the encoder
-    kl: float = 0.0  # above 0: the code is Gaussian, and this the weight of its KL term in the dynamics loss
+    kl: float = 0.0  # above 0: the code is Gaussian; weight of its KL term, relative to the dynamics loss
     into_eta: str = "none"  # RL losses that reach η all the same
 
 
@@ -103,14 +109,15 @@ METHODS = {
 
 def subsample(B, K, L, noisy, device=None):
     """Which L of K window positions the encoder reads, (B, L): if `noisy`, a random subset in random order, drawn per
-    sample; else evenly spaced, oldest first, rounded down (with L = 1: the oldest)."""
+    sample, since the context does not depend on time; else evenly spaced, oldest first, rounded down."""
     if noisy:
         return torch.rand(B, K, device=device).topk(L).indices
     return (torch.arange(L, device=device) * (K - 1) // max(L - 1, 1)).expand(B, L)
 
 
 def mask_inputs(tau, d_s, d_a, p):
-    """Random input masking: at each time step, each of the vectors s, a, δs becomes zero with probability p."""
+    """Random input masking: at each time step, each of the vectors s, a, δs becomes zero with probability p. Unlike in
+    dropout, what is left is not scaled up."""
     B, L, _ = tau.shape
     keep = (torch.rand(B, L, 3, device=tau.device) >= p).float()
     vector = torch.tensor([0] * d_s + [1] * d_a + [2] * d_s, device=tau.device)  # which of the three an entry is in
@@ -158,15 +165,16 @@ def gaussian_code(mean, variance, noisy):
     """DMA-Pearl's code: a sample of N(mean, variance) if `noisy`, else the mean; and KL(N(mean, variance) ‖ N(0, 1)),
     mean over samples and dimensions. (B, d_z) each."""
     kl = (variance + mean.square() - 1 - variance.log()) / 2
-    return mean + variance.sqrt() * torch.randn_like(mean) if noisy else mean, kl.mean()
+    z = mean + variance.sqrt() * torch.randn_like(mean) if noisy else mean
+    return z, kl.mean()
 
 
 # ---- Hypernetwork h_η: z -> ω, and the adapter made of ω --------------------------------------------------------
 
 
 class Omega(NamedTuple):
-    """ω, the weights of B adapters, one adapter per sample. Stored for row vectors, which multiply from the left: the
-    transposes of Eq. 3's matrices. Its column form makes a gradient step 5 % slower."""
+    """ω, the weights of B adapters, one adapter per sample. For row vectors, which multiply from the left: the matrices
+    are the transposes of Eq. 3's, which as they stand would make a gradient step 5 % slower."""
 
     W_down: torch.Tensor  # (B, 256, 32)
     b_down: torch.Tensor  # (B, 1, 32)
@@ -178,7 +186,7 @@ class Omega(NamedTuple):
 
 
 class Hypernetwork(nn.Module):
-    """h_η: z (B, d_z) -> Omega. One linear head per tensor of ω: cutting them out of a single one would copy ω."""
+    """h_η: z (B, d_z) -> Omega. One linear head per tensor of ω: cut out of one, its gradient would be copied."""
 
     def __init__(self, d_z=8, hidden=64, d_x=256, bottleneck=32):
         super().__init__()
@@ -196,8 +204,8 @@ def adapter(x, omega):
 
     ω may have fewer rows than x, where samples that follow each other share a context: each row then serves as many.
     """
-    rows = x.unflatten(0, (len(omega.b_up), -1))  # (rows of ω, samples a row, 256)
-    down = F.relu(torch.baddbmm(omega.b_down, rows, omega.W_down))
+    x = x.unflatten(0, (len(omega.b_up), -1))  # (rows of ω, samples per row, 256)
+    down = F.relu(torch.baddbmm(omega.b_down, x, omega.W_down))
     return torch.baddbmm(omega.b_up, down, omega.W_up).flatten(0, 1)
 
 
@@ -206,11 +214,11 @@ def adapter(x, omega):
 
 class Network(nn.Module):
     """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head. `told` is ω; in other methods than DMA*-SH, something
-    that a hypernetwork of the network's own turns into ω (`own` makes one), or that is concatenated to the input."""
+    that is concatenated to the input, or that a hypernetwork of the network's own (`make_own`) turns into ω."""
 
-    def __init__(self, d_in, d_out, d_x=256, how="adapter", d_told=0, own=None):
+    def __init__(self, d_in, d_out, d_x=256, how="adapter", d_told=0, make_own=None):
         super().__init__()
-        self.how, self.own = how, own and own()
+        self.how, self.own = how, make_own and make_own()
         d_in += d_told if how == "concat" else 0
         self.trunk = nn.Sequential(nn.Linear(d_in, d_x), nn.ReLU(), nn.Linear(d_x, d_x))
         self.head = nn.Linear(d_x, d_out)
@@ -229,8 +237,8 @@ class Network(nn.Module):
 class DynamicsModel(Network):
     """f_{θ,ω}: predicts δs = s' - s."""
 
-    def __init__(self, d_s, d_a, **how):
-        super().__init__(d_s + d_a, d_s, **how)
+    def __init__(self, d_s, d_a, **options):
+        super().__init__(d_s + d_a, d_s, **options)
 
     def forward(self, s, a, told):
         return super().forward(torch.cat([s, a], -1), told)  # (B, d_s)
@@ -241,8 +249,8 @@ class Actor(Network):
 
     LOG_STD = (-5.0, 2.0)  # its range, by another tanh
 
-    def __init__(self, d_s, d_a, **how):
-        super().__init__(d_s, 2 * d_a, **how)
+    def __init__(self, d_s, d_a, **options):
+        super().__init__(d_s, 2 * d_a, **options)
 
     def forward(self, s, told):
         """Mean and log standard deviation before the tanh, (B, d_a) each."""
@@ -266,9 +274,9 @@ class Actor(Network):
 class Critics(nn.Module):
     """Q_{ζ,ω}: both critics."""
 
-    def __init__(self, d_s, d_a, **how):
+    def __init__(self, d_s, d_a, **options):
         super().__init__()
-        self.Q1, self.Q2 = (Network(d_s + d_a, 1, **how) for _ in range(2))
+        self.Q1, self.Q2 = (Network(d_s + d_a, 1, **options) for _ in range(2))
 
     def forward(self, s, a, told):
         sa = torch.cat([s, a], -1)
@@ -294,7 +302,7 @@ class Batch(NamedTuple):
 
 
 def dynamics_loss(f, told, batch):
-    """Eq. 1: ‖δŝ - δs‖², mean over samples and dimensions. The only loss that reaches φ and η, through ω."""
+    """Eq. 1: ‖δŝ - δs‖², mean over samples and dimensions. In DMA*-SH the only loss that reaches φ and η, through ω."""
     s, a, ds = batch.s, batch.a, batch.ds
     return F.mse_loss(f(s, a, told), ds)
 
@@ -306,10 +314,10 @@ def critic_loss(pi, Q, Q_target, alpha, told, batch, gamma):
     with torch.no_grad():
         a2, logp_a2 = pi.sample(s2, told)
         v2 = Q_target(s2, a2, told).amin(1) - alpha * logp_a2  # (B,)
-        backup = r + gamma * v2  # always bootstraps: a time limit is no terminal state
+        target = r + gamma * v2  # always bootstraps: a time limit is no terminal state
     q = Q(s, a, told)  # (B, 2)
-    assert backup.shape == q.shape[:1], (backup.shape, q.shape)
-    return (q - backup.unsqueeze(-1)).square().mean(0).sum()
+    assert target.shape == q.shape[:1], (target.shape, q.shape)
+    return (q - target.unsqueeze(-1)).square().mean(0).sum()
 
 
 def actor_loss(pi, Q, alpha, told, batch):
@@ -333,8 +341,8 @@ def stop_gradient(x):
 
 
 def minimise(loss, optimizer):
-    """One step of `optimizer`, with gradients for its parameters and no others: the policy's step, for one, spends
-    nothing on the critics. Returns the loss, detached."""
+    """One step of `optimizer`, with gradients for its parameters and no others: the policy's step, for one, computes
+    none for the weights of the critics. Returns the loss, detached."""
     optimizer.zero_grad()
     loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
     optimizer.step()
@@ -353,9 +361,9 @@ class Agent(nn.Module):
         def hypernetwork():
             return Hypernetwork(d_told, cfg.hyper_hidden, cfg.hidden, cfg.bottleneck)
 
-        def entry(how):
-            own = hypernetwork if how == "adapter" and method.hypernetwork == "own" else None
-            return dict(d_x=cfg.hidden, how=how, d_told=d_told, own=own)
+        def options(how):
+            make_own = hypernetwork if how == "adapter" and method.hypernetwork == "own" else None
+            return dict(d_x=cfg.hidden, how=how, d_told=d_told, make_own=make_own)
 
         self.g = self.h = self.f = None  # where a method has no such network
         if method.context == "inferred":
@@ -363,9 +371,9 @@ class Agent(nn.Module):
         if method.hypernetwork == "shared":
             self.h = hypernetwork()  # η
         if method.f != "nothing":
-            self.f = DynamicsModel(d_s, d_a, **entry(method.f))  # θ
-        self.pi = Actor(d_s, d_a, **entry(method.rl))  # ξ
-        self.Q = Critics(d_s, d_a, **entry(method.rl))  # ζ
+            self.f = DynamicsModel(d_s, d_a, **options(method.f))  # θ
+        self.pi = Actor(d_s, d_a, **options(method.rl))  # ξ
+        self.Q = Critics(d_s, d_a, **options(method.rl))  # ζ
         self.Q_target = copy.deepcopy(self.Q).requires_grad_(False)  # ζ̄
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.to(cfg.device)
@@ -387,10 +395,10 @@ class Agent(nn.Module):
         return self.log_alpha.detach().exp()
 
     def tell(self, tau, c, noisy):
-        """The code z, what f, π and Q are told about the context, and the KL term of a Gaussian code.
+        """z, what f, π and Q are told about the context, and the KL term of a Gaussian code; tau (B, L, 2 d_s + d_a).
 
-        DMA*-SH tells them ω = h_η(z); other methods stop at z, or tell the true context c, one row per context, or
-        nothing. tau (B, L, 2 d_s + d_a), c (N, d_c)."""
+        A shared hypernetwork tells them ω = h_η(z). Other methods stop at z, tell c (N, d_c), a row per true context,
+        or nothing."""
         if self.method.context != "inferred":
             return None, c if self.method.context == "true" else None, 0.0
         z, kl = self.g(tau, noisy)
@@ -424,14 +432,14 @@ class Agent(nn.Module):
             minimise(loss * (1 + self.method.kl * kl), self.optimizers["dynamics"])
             losses["dynamics_loss"] = loss.detach()
 
-        # 4  ω ← stop-gradient(ω): a constant in all that follows (Eq. 2)
+        # 4  ω ← stop-gradient(ω): a constant in all that follows (Eq. 2); and so is z, for those that are told z
         z, told = stop_gradient(z), stop_gradient(told)
 
         # 5  ζ ← ζ − α₂ ∇L_ζ
         loss = critic_loss(pi, Q, Q_target, self.alpha, self.reopened("critic", z, told), batch, cfg.gamma)
         losses["critic_loss"] = minimise(loss, self.optimizers["critic"])
 
-        # 6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, then the temperature
+        # 6  every second step, twice, so that it learns at the critics' pace: ξ ← ξ − α₁ ∇L_ξ, then the temperature
         for _ in range(2 if step % 2 == 0 else 0):
             loss, logp = actor_loss(pi, Q, self.alpha, self.reopened("actor", z, told), batch)
             losses["actor_loss"] = minimise(loss, self.optimizers["actor"])
@@ -487,8 +495,8 @@ class Replay:
         return Batch(s, a, ds, r.squeeze(-1), self.windows(n, t, noisy=True), self.c)
 
     def state_dict(self):
-        """The filled part of the ring, not copied on a CPU, and the count."""
-        filled = self.rows[: min(self.t, self.capacity)].cpu().numpy()  # torch would save a view with all of its ring
+        """The filled part of the ring and the count. On a CPU that part is no copy: 100 MB would be saved twice."""
+        filled = self.rows[: min(self.t, self.capacity)].cpu().numpy()  # as torch.save writes all that a view is of
         return {"rows": torch.from_numpy(filled), "t": self.t}
 
     def load_state_dict(self, state):
@@ -511,8 +519,8 @@ class Rollout:
     """Acts in all contexts at once and fills a replay, whose last K transitions are the window to act on.
 
     noisy: collects for training (the encoder masks and subsamples at random, actions are sampled), and a number that is
-    not finite is a FloatingPointError. Else it evaluates; where a simulation diverges, `diverged` says so, and the
-    instance goes on with zeros. `stop` is called before each step: it may raise Stopped.
+    not finite is a FloatingPointError. Else it evaluates; where a simulation diverges since the last reset, `diverged`
+    says so, and the instance goes on with zeros. `stop` is called before each step: it may raise Stopped.
     """
 
     def __init__(self, agent, envs, noisy, capacity=None, stop=lambda: None):
@@ -522,13 +530,14 @@ class Rollout:
         self.s, self.done, self.diverged = None, True, np.zeros(envs.N, dtype=bool)
 
     def collect(self, random=False):
-        """One step of an endless sequence of episodes."""
+        """One step of an endless sequence of episodes, at the start of one with its warm-up, which is stored too."""
         if self.done:
             self.begin_episode(random=random)
         self.step(random)
 
     def begin_episode(self, warm_up=True, random=False):
-        """Warm-up: K steps fill the window with the current policy's transitions; then a reset. The window stays."""
+        """Warm-up: K steps fill the window with transitions of the current policy (of random actions, if `random`); then
+        a reset. The window stays."""
         self.reset()
         for _ in range(self.replay.K if warm_up else 0):
             self.step(random)
@@ -550,7 +559,7 @@ class Rollout:
             _, told, _ = self.agent.tell(self.replay.latest(self.noisy), self.replay.c, self.noisy)
             a = self.agent.act(s, told, self.noisy)
         actions = self.finite("action", a.cpu().numpy())
-        a = self.tensor(actions)
+        a = self.tensor(actions)  # where one was not finite, as zeros
         s2, r, self.done = self.envs.step(actions)
         self.s, r = self.tensor(self.finite("observation", s2)), self.tensor(self.finite("reward", r))
         self.replay.add(s, a, r, self.s)
@@ -575,7 +584,7 @@ class Rollout:
     def load_state_dict(self, state):
         self.replay.load_state_dict(state["replay"])
         self.envs.load_state_dict(state["envs"])
-        self.done, self.s = state["done"], state["s"]
+        self.done, self.s = state["done"], None if state["s"] is None else state["s"].to(self.device)
 
 
 def evaluate(agent, cfg, contexts, rollouts=1, seed=None, stop=lambda: None):
@@ -587,7 +596,8 @@ def evaluate(agent, cfg, contexts, rollouts=1, seed=None, stop=lambda: None):
     """
     if not (isinstance(rollouts, int) and rollouts >= 1 and contexts):
         raise BadInput(f"rollouts={rollouts!r} in {len(contexts)} contexts: must be at least 1 in at least 1")
-    envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=[cfg.seed if seed is None else seed, 1])
+    stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
+    envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
     rollout, returns = Rollout(agent, envs, noisy=False, stop=stop), np.zeros(envs.N)
     rollout.begin_episode()
     while not rollout.done:
@@ -670,7 +680,7 @@ class Config:
 
     @property
     def L(self):
-        return max(1, int(self.subsample * self.K))
+        return max(1, int(self.subsample * self.K + 1e-9))  # .29 * 100 is 28.999
 
     @property
     def folder(self):
@@ -743,15 +753,14 @@ class Run:
         with lock(folder):
             with reading(path, "--resume"):
                 state = load(path)
-                cfg = Config(**state["settings"])
-            more = cfg.steps if steps is None else number("--steps", steps, int, f"[{cfg.steps}, 1e9]")
-            run = cls(replace(cfg, steps=more), folder)
-            with reading(path, "--resume"):
+                run = cls(Config(**state["settings"]), folder)
                 run.load_state_dict(state)
+            if steps is not None:
+                run.cfg.steps = number("--steps", steps, int, f"[{run.cfg.steps}, 1e9]")
             if newer := [step for step in steps_in(folder / "metrics.csv") if step > run.evaluated]:
                 print(f"{folder}: rows after this checkpoint, to be made again: {', '.join(map(str, newer))}")
             run.save()  # all that follows from the checkpoint, whatever became of it in between
-            run.train(f"going on from step {run.step:,} of {more:,}")
+            run.train(f"going on from step {run.step:,} of {run.cfg.steps:,}")
 
     @property
     def evaluated(self):
@@ -760,10 +769,10 @@ class Run:
 
     def train(self, plan):
         """Trains to the evaluation after `cfg.steps`, or until SIGINT or SIGTERM, and saves."""
-        cfg, bar = self.cfg, progress_bar(self.step, self.cfg.steps)
+        cfg = self.cfg
         print(f"{self.folder}: {plan}; threads: {cfg.threads}", flush=True)
         try:
-            with catch_signals() as stop, contextlib.suppress(Stopped):
+            with progress_bar(self.step, cfg.steps) as bar, catch_signals() as stop, contextlib.suppress(Stopped):
                 for _ in range(cfg.random_steps if self.step == 0 else 0):
                     stop()
                     self.rollout.collect(random=True)
@@ -833,6 +842,7 @@ class Run:
 
     def state_dict(self):
         """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
+        gpu = [torch.cuda.get_rng_state(self.cfg.device)] if self.cfg.device != "cpu" else []
         return {
             "settings": asdict(self.cfg),
             "version": self.version,
@@ -843,7 +853,7 @@ class Run:
             "agent": self.agent.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers.items()},
             "rollout": self.rollout.state_dict(),
-            "generators": [torch.get_rng_state()] + torch.cuda.get_rng_state_all() * (self.cfg.device != "cpu"),
+            "generators": [torch.get_rng_state(), *gpu],
         }
 
     def load_state_dict(self, state):
@@ -851,7 +861,7 @@ class Run:
         self.step, self.history = state["step"], state["history"]
         if not (type(self.step) is int and 0 <= self.evaluated <= self.step <= self.cfg.steps):
             raise ValueError(f"step {self.step!r}, evaluated at {self.evaluated!r}, of {self.cfg.steps}")
-        self.losses = {name: list(state["losses"][name].unbind()) for name in LOSSES}
+        self.losses = {name: list(state["losses"][name].to(self.cfg.device).unbind()) for name in LOSSES}
         seconds, self.step_seconds = state["seconds"]
         self.began -= seconds
         self.agent.load_state_dict(state["agent"])
@@ -860,7 +870,7 @@ class Run:
         self.rollout.load_state_dict(state["rollout"])
         torch.set_rng_state(state["generators"][0])
         if self.cfg.device != "cpu":
-            torch.cuda.set_rng_state_all(state["generators"][1:])
+            torch.cuda.set_rng_state(state["generators"][1], self.cfg.device)
         before = state["version"].split(" + ")  # code that changed between two parts of a run shows
         self.version = " + ".join(before + [self.version] * (self.version not in before))
 
@@ -927,6 +937,7 @@ def progress_bar(done, total):
         from tqdm import tqdm
 
         return tqdm(initial=done, total=total, unit="step", smoothing=0.05, disable=None)
+    return contextlib.nullcontext()
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------
@@ -1000,6 +1011,7 @@ def load_policy(path, device="cpu"):
     path = Path(path) / "policy.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise BadInput(f"--eval {path}: no such file; allowed: a run folder with a policy.pt, or such a file")
+    Config(device=device)  # refuses one that is not usable, before the file is to blame
     with reading(path, "--eval"), torch.random.fork_rng(devices=[]):
         state = load(path)
         cfg = Config(**state["settings"] | {"device": device})
@@ -1037,8 +1049,7 @@ def plot(run):
     try:
         from matplotlib.figure import Figure
 
-        draw(Figure, run).savefig(picture := io.BytesIO(), dpi=110)
-        replace_file(run.folder / "curve.png", lambda file: file.write(picture.getbuffer()))
+        draw(Figure, run).savefig(run.folder / "curve.png", dpi=110)
     except Exception as error:
         if not isinstance(error, ImportError):
             print(f"curve.png is not drawn ({one_line(error)})")

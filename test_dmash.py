@@ -288,7 +288,9 @@ def test_sizes_of_omega():
 def test_adapted_network_equals_separate_networks(n, how):
     """Trunk without a last activation, skip connection, ReLU after the sum, head; every network its own weights. What
     is concatenated stands last. n = 2: the critics, a column each."""
-    options = dict(how=how.removeprefix("own "), d_told=8, own=dmash.Hypernetwork if how == "own adapter" else None)
+    options = dict(
+        how=how.removeprefix("own "), d_told=8, make_own=dmash.Hypernetwork if how == "own adapter" else None
+    )
     inputs, told = torch.randn(B, 7), random_omega() if how == "adapter" else torch.randn(B, 8)
     if n == 1:
         net = dmash.Network(7, 3, **options)
