@@ -536,8 +536,8 @@ class Rollout:
         self.step(random)
 
     def begin_episode(self, warm_up=True, random=False):
-        """Warm-up: K steps fill the window with transitions of the current policy (of random actions, if `random`); then
-        a reset. The window stays."""
+        """Warm-up: K steps fill the window with transitions of the current policy (or of random actions); then a reset.
+        The window stays."""
         self.reset()
         for _ in range(self.replay.K if warm_up else 0):
             self.step(random)
