@@ -105,9 +105,10 @@ def phase_seconds(run, steps):
 def print_phases(cfg):
     """Times one episode with its warm-up and prints where the time went."""
     run, steps = warm_run(cfg), aib_envs.ENVS[cfg.env].horizon
-    flop, rate = update_flop(run), matmul_rate(cfg.device)
     seconds, total = phase_seconds(run, steps)
     ms = {phase: value / steps * 1e3 for phase, value in seconds.items()} | {"total": total / steps * 1e3}
+    memory = peak_memory()  # before the operations are counted, which takes more
+    flop, rate = update_flop(run), matmul_rate(cfg.device)
     update = sum(ms[phase] for phase in ("dynamics", "critic", "actor", "targets"))
     vector, bare = vector_step_times(cfg.env, cfg.contexts)
     times = f", {vector / bare:.2f} times the bare mj_step calls in it" if bare else ""
@@ -117,7 +118,7 @@ def print_phases(cfg):
     for phase, value in ms.items():
         print(f"  {phase:<14} {value:9.2f} ms")
     print(f"vector step        {vector:8.3f} ms for {cfg.contexts} contexts{times}")
-    print(f"peak memory        {peak_memory():8.0f} MB")
+    print(f"peak memory        {memory:8.0f} MB")
     print(f"update             {update:8.2f} ms for {flop / 1e9:.2f} GFLOP")
     print(f"matrix multiply    {rate / 1e9:8.0f} GFLOP/s: the same operations in {flop / rate * 1e3:.2f} ms")
     print(f"ratio              {update / 1e3 * rate / flop:8.1f}")
