@@ -349,6 +349,12 @@ def minimise(loss, optimizer):
     return loss.detach()
 
 
+@torch.no_grad()
+def average(moving, network, rate):
+    """Moves the weights of `moving` by `rate` towards those of `network`."""
+    torch._foreach_lerp_(list(moving.parameters()), list(network.parameters()), rate)
+
+
 class Agent(nn.Module):
     """The networks of a method, their optimizers, and `update`, which is Algorithm 2. d_c: numbers in a context c."""
 
@@ -373,9 +379,10 @@ class Agent(nn.Module):
         if method.f != "nothing":
             self.f = DynamicsModel(d_s, d_a, **options(method.f))  # θ
         self.pi = Actor(d_s, d_a, **options(method.rl))  # ξ
+        self.pi_average = copy.deepcopy(self.pi).requires_grad_(False) if cfg.policy_average else None
         self.Q = Critics(d_s, d_a, **options(method.rl))  # ζ
         self.Q_target = copy.deepcopy(self.Q).requires_grad_(False)  # ζ̄
-        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.log_alpha = nn.Parameter(torch.tensor(cfg.alpha).log())
         self.to(cfg.device)
 
         def adam(lr, *networks):
@@ -411,8 +418,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, s, told, noisy):
-        """Actions (N, d_a) for s (N, d_s): sampled if `noisy`, else the mean."""
-        return self.pi.sample(s, told)[0] if noisy else self.pi.mean(s, told)
+        """Actions (N, d_a) for s (N, d_s): sampled if `noisy`, else the mean, of the averaged policy if there is."""
+        return self.pi.sample(s, told)[0] if noisy else (self.pi_average or self.pi).mean(s, told)
 
     def reopened(self, loss, z, told):
         """`told`, a constant; in the ablations whose `loss` may reach η, ω afresh from z, with its graph."""
@@ -444,10 +451,11 @@ class Agent(nn.Module):
             loss, logp = actor_loss(pi, Q, self.alpha, self.reopened("actor", z, told), batch)
             losses["actor_loss"] = minimise(loss, self.optimizers["actor"])
             minimise(temperature_loss(self.log_alpha, logp, self.target_entropy), self.optimizers["temperature"])
+            if self.pi_average:
+                average(self.pi_average, pi, cfg.policy_average)
 
         # 7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(Q_target.parameters()), list(Q.parameters()), cfg.polyak)
+        average(Q_target, Q, cfg.polyak)
 
         return losses | {"alpha": self.alpha}
 
@@ -618,13 +626,27 @@ def option(default, help, allowed=None):
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
+# --quick: both constants that set SAC's pace (README). Not for one environment: for all, and for every method alike.
+QUICK = {
+    "polyak": 0.02,
+    "actor_lr": 1e-3,
+    "dynamics_lr": 1e-3,
+    "alpha_lr": 2e-3,
+    "policy_average": 0.005,
+    "eval_every": 1000,
+}
+
+
 @dataclass
 class Config:
-    """Every setting; the defaults are the paper's. Numbers may be given as text."""
+    """Every setting; the defaults are the paper's, those of `quick()` learn in minutes. Numbers may be text."""
 
     env: str = option("cartpole_inv", "environment; python aib_envs.py shows all")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
     seed: int = option(1, "seed of everything random", "[0, 4294967295]")
+    quick: bool = option(
+        False, f"learn in minutes, by a tenth of the steps and {', '.join(f'{k} {v}' for k, v in QUICK.items())}"
+    )
     steps: int = option(None, "gradient steps (default: by environment)", "[1, 1e9]")
     out: str = option("runs", "folder in which the run folder <env>__<method>__s<seed> is made")
     device: str = option("cpu", "torch device: cpu, cuda or cuda:<number>")
@@ -651,6 +673,8 @@ class Config:
     critic_lr: float = option(1e-3, "learning rate of the critics", "(0, 1]")
     actor_lr: float = option(3e-4, "learning rate of the policy", "(0, 1]")
     alpha_lr: float = option(1e-3, "learning rate of the temperature", "(0, 1]")
+    alpha: float = option(1.0, "temperature at the start", "(0, 100]")
+    policy_average: float = option(0.0, "rate of a moving average of the policy, to evaluate by; 0: none", "[0, 1]")
     buffer: int = option(100_000, "replay capacity per context, in transitions", "[1, 1e9]")
     random_steps: int = option(5000, "steps of uniformly random actions before the first gradient step", "[0, 1e9]")
 
@@ -660,11 +684,16 @@ class Config:
             if name not in known:
                 raise BadInput(aib_envs.unknown(kind, name, list(known)))
         spec, method = aib_envs.ENVS[self.env], METHODS[self.method]
-        defaults = {"K": spec.K, "steps": spec.steps, "mask": method.mask, "threads": torch.get_num_threads()}
+        defaults = {
+            "K": spec.K,
+            "steps": spec.steps // (10 if self.quick else 1),
+            "mask": method.mask,
+            "threads": torch.get_num_threads(),
+        }
         for f in fields(self):
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
             value = defaults.get(f.name) if value is None else value
-            setattr(self, f.name, number(flag(f.name), value, f.type, allowed) if allowed else str(value))
+            setattr(self, f.name, number(flag(f.name), value, f.type, allowed) if allowed else f.type(value))
         gpus = torch.cuda.device_count()
         usable = ["cpu"] + ["cuda", *(f"cuda:{i}" for i in range(gpus))] * (gpus > 0)
         for bad, message in (
@@ -684,7 +713,12 @@ class Config:
 
     @property
     def folder(self):
-        return Path(self.out) / f"{self.env}__{self.method}__s{self.seed}"
+        return Path(self.out) / f"{self.env}__{self.method}{'__quick' * self.quick}__s{self.seed}"
+
+
+def quick(**settings):
+    """The Config of --quick; `settings` come first."""
+    return Config(quick=True, **(QUICK | settings))
 
 
 def number(name, value, kind, allowed):
@@ -712,7 +746,7 @@ def new_agent(cfg):
 SETS = ("train", "eval_in", "eval_out")
 LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
 FILES = ("checkpoint.pt", "policy.pt", "config.json", "metrics.csv", "per_context.csv")
-ACTING = ("g.", "h.", "pi.")  # the weights in policy.pt
+ACTING = ("g.", "h.", "pi.", "pi_average.")  # the weights in policy.pt
 
 
 class Run:
@@ -772,10 +806,14 @@ class Run:
         cfg = self.cfg
         print(f"{self.folder}: {plan}; threads: {cfg.threads}", flush=True)
         try:
-            with progress_bar(self.step, cfg.steps) as bar, catch_signals() as stop, contextlib.suppress(Stopped):
-                for _ in range(cfg.random_steps if self.step == 0 else 0):
-                    stop()
-                    self.rollout.collect(random=True)
+            with catch_signals() as stop, contextlib.suppress(Stopped), contextlib.ExitStack() as bars:
+                if self.step == 0:
+                    bar = bars.enter_context(progress_bar("random steps", 0, cfg.random_steps))
+                    for _ in range(cfg.random_steps):
+                        stop()
+                        self.rollout.collect(random=True)
+                        bar and bar.update()
+                bar = bars.enter_context(progress_bar("gradient steps", self.step, cfg.steps))
                 while self.evaluated < cfg.steps:
                     stop()
                     due = self.step % cfg.eval_every == 0 or self.step == cfg.steps
@@ -931,12 +969,12 @@ def summary(row, steps):
     return f"step {row['step']:,}  return: {sets}  {losses}  {left}{note}"
 
 
-def progress_bar(done, total):
+def progress_bar(what, done, total):
     """tqdm's bar with rate and time left, shown on a terminal; None where there is no tqdm."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
-        return tqdm(initial=done, total=total, unit="step", smoothing=0.05, disable=None)
+        return tqdm(desc=what, initial=done, total=total, smoothing=0.05, disable=None)
     return contextlib.nullcontext()
 
 
@@ -1110,8 +1148,9 @@ def build_parser():
         about = [f"default: {f.default}"] * (f.default is not None)
         about += [f"allowed: {f.metadata['allowed']}"] * (f.metadata["allowed"] is not None)
         text = f.metadata["help"] + (f" ({'; '.join(about)})" if about else "")
+        kind = {"action": "store_true"} if f.type is bool else {"metavar": f.type.__name__.upper()}
         # without a default, what was given can be told from what was not
-        parser.add_argument(flag(f.name), metavar=f.type.__name__.upper(), default=argparse.SUPPRESS, help=text)
+        parser.add_argument(flag(f.name), **kind, default=argparse.SUPPRESS, help=text)
     return parser
 
 
@@ -1171,7 +1210,7 @@ def run_command(settings):
     elif mode == "resume":
         Run.resume(modes["resume"], **settings)
     else:
-        Run.start(Config(**settings))
+        Run.start(quick(**settings) if settings.pop("quick", False) else Config(**settings))
 
 
 def print_evaluation(path, per_context, device="cpu", **settings):

@@ -878,6 +878,37 @@ def test_update_schedule(method, monkeypatch):
     assert all(p.is_leaf and not p.requires_grad for p in agent.Q_target.parameters())  # else a graph grows with them
 
 
+def test_the_policy_may_be_averaged_for_evaluation():
+    """The average starts as the policy, follows each of its steps at the stated rate, acts at evaluation only."""
+    assert small_agent().pi_average is None
+    agent, batch, rate = small_agent(policy_average=0.1), random_batch(), 0.1
+    by_hand = [p.detach().clone() for p in agent.pi.parameters()]
+    original = agent.optimizers["actor"].step
+
+    def step(*args):
+        original(*args)
+        for average, p in zip(by_hand, agent.pi.parameters()):
+            average += rate * (p.detach() - average)
+
+    agent.optimizers["actor"].step = step
+    for number in range(1, 5):
+        agent.update(batch, number)
+    for average, p in zip(agent.pi_average.parameters(), by_hand):
+        torch.testing.assert_close(average, p)
+        assert not average.requires_grad
+    s, omega = batch.s, random_omega()
+    mean, averaged = agent.pi.mean(s, omega), agent.pi_average.mean(s, omega)
+    assert torch.equal(agent.act(s, omega, noisy=False), averaged) and not torch.equal(mean, averaged)
+    torch.manual_seed(0)
+    a = agent.act(s, omega, noisy=True)
+    torch.manual_seed(0)
+    assert torch.equal(a, agent.pi.sample(s, omega)[0])
+
+
+def test_the_temperature_starts_where_it_is_told():
+    assert small_agent().alpha == 1 and small_agent(alpha=0.1).alpha.item() == pytest.approx(0.1)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Replay
 # ---------------------------------------------------------------------------------------------------------------
@@ -2344,6 +2375,28 @@ def test_numbers_may_be_text_also_with_an_exponent():
     cfg = dmash.Config(steps="1e5", seed="4294967295", gamma="1", critic_lr=1)
     assert (cfg.steps, cfg.seed, cfg.gamma, cfg.critic_lr) == (100_000, 4294967295, 1.0, 1.0)
     assert [type(value) for value in (cfg.steps, cfg.seed, cfg.gamma, cfg.critic_lr)] == [int, int, float, float]
+
+
+def test_quick_is_a_named_set_of_settings(tmp_path, capsys):
+    """In the folder's name, in config.json, in --help; what is given beside it comes first."""
+    cfg = dmash.quick(env="reacher_easy_inv", polyak=0.5)
+    assert cfg.quick and cfg.steps == 20_000 and cfg.polyak == 0.5
+    assert all(getattr(cfg, name) == value for name, value in dmash.QUICK.items() if name != "polyak")
+    paper = dmash.Config()
+    assert not paper.quick and all(getattr(paper, name) != value for name, value in dmash.QUICK.items())
+    assert dmash.main(["--quick", *small_arguments(tmp_path, steps=2, eval_every=2)]) == 0
+    folder = tmp_path / "di_inv__dma_star_sh__quick__s1"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quick"] and config["polyak"] == dmash.QUICK["polyak"] and config["eval_every"] == 2
+    assert {name.split(".")[0] for name in dmash.load(folder / "policy.pt")["agent"]} == {"g", "h", "pi", "pi_average"}
+    assert dmash.main(["--resume", str(folder), "--steps", "3"]) == 0
+    capsys.readouterr()
+    assert dmash.main(["--eval", str(folder), "--rollouts", "1"]) == 0
+    assert dmash.main(["--resume", str(folder), "--quick"]) == 2
+    assert "--quick: not with --resume" in capsys.readouterr().err
+    assert all(
+        f"{name} {value}" in " ".join(dmash.build_parser().format_help().split()) for name, value in dmash.QUICK.items()
+    )
 
 
 def test_help_names_every_setting():
