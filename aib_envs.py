@@ -4,7 +4,7 @@ A context `c` is fixed during an episode and changes the dynamics only; the agen
 
     env = make("cartpole_inv", length=0.7, action_factor=-1)   # one gymnasium.Env
     sets = context_sets("cartpole_inv")                        # {"train": [{...}, ...], "eval_in": [...], ...}
-    envs = VectorEnv("cartpole_inv", sets["train"], seed=0)    # one instance a context, stepped together
+    envs = VectorEnv("cartpole_inv", sets["train"], seed=0)    # one instance per context, stepped together
 
     gymnasium.make("aib_envs:aib/cartpole_inv-v0", length=0.7, action_factor=-1)   # the same as make(...)
 
@@ -135,10 +135,10 @@ def context_sets(env_id, n=20, seed=0):
 
 
 class ActuatorInversion(gymnasium.ActionWrapper):
-    """Multiplies each action by `signs`, a scalar or one number an actuator (-1 inverts).
+    """Multiplies each action by `signs`, a scalar or one number per actuator (-1 inverts).
 
     ActuatorInversion(gymnasium.make("Pendulum-v1"), -1). The action space must be symmetric about zero, for what is
-    inverted to stay inside it; ValueError if it is not, or if `signs` has neither size 1 nor one entry an actuator.
+    inverted to stay inside it; ValueError if it is not, or if `signs` has neither size 1 nor one entry per actuator.
     """
 
     def __init__(self, env, signs):
@@ -170,7 +170,7 @@ class ActuatorPermutation(gymnasium.ActionWrapper):
 
     @staticmethod
     def route(action, order):
-        """action (d_a,) and order (d_a,), or a row of each an instance."""
+        """action (d_a,) and order (d_a,), or one row of each per instance."""
         return action[order] if action.ndim == 1 else action[np.arange(len(action))[:, None], order]
 
     def action(self, action):
@@ -183,7 +183,7 @@ class ActuatorPermutation(gymnasium.ActionWrapper):
 
 
 class Task:
-    """N instances of an environment, one a context, stepped together. Arrays have a row an instance.
+    """N instances of an environment, one per context, stepped together. Arrays have one row per instance.
 
     A subclass gives the sizes d_s, d_a, state_size and defines, in this order: its model (`build`), measurements,
     `initial_state`, `set_state`, `state`, `advance`, `observation`, `reward`, `picture`.
@@ -880,7 +880,7 @@ class HopperGym(GymTask):
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """One row of the benchmark: the paper's name, the class, context dimensions, steps an episode, whether one
+    """One row of the benchmark: the paper's name, the class, context dimensions, steps per episode, whether one
     context-unaware policy does well in every context (overlapping), and the paper's window and gradient steps."""
 
     paper_name: str
@@ -1034,7 +1034,7 @@ for _env_id in ENVS:
 
 
 class VectorEnv:
-    """One instance a context, reset and stepped together (the horizon is fixed, so they end together)."""
+    """One instance per context, reset and stepped together (the horizon is fixed, so they end together)."""
 
     def __init__(self, env_id, contexts, seed):
         spec = lookup(env_id)

@@ -36,7 +36,7 @@ compared with (METHODS, which a first reader may skip).
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual RL under
 Discontinuous Shifts", arXiv 2602.06550. Equations and algorithms are cited by its numbers.
 
-Axes, in every shape below: B samples, N contexts, K transitions a window, L of them read.
+Axes, in every shape below: B samples, N contexts, K transitions per window, L of them read.
 """
 
 import argparse
@@ -356,7 +356,7 @@ def average(moving, network, rate):
 
 
 class Agent(nn.Module):
-    """The networks of a method, their optimizers, and `update`, which is Algorithm 2. d_c: numbers in a context c."""
+    """The networks of a method, their optimizers, and `update`, which is Algorithm 2. d_c: how many numbers a context c has."""
 
     def __init__(self, cfg, d_s, d_a, d_c):
         super().__init__()
@@ -626,15 +626,8 @@ def option(default, help, allowed=None):
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
-# --quick: both constants that set SAC's pace (README). Not for one environment: for all, and for every method alike.
-QUICK = {
-    "polyak": 0.02,
-    "actor_lr": 1e-3,
-    "dynamics_lr": 1e-3,
-    "alpha_lr": 2e-3,
-    "policy_average": 0.005,
-    "eval_every": 1000,
-}
+# --quick: what sets SAC's pace, faster, for all environments and methods alike (results/README.md says how found)
+QUICK = dict(polyak=0.02, actor_lr=1e-3, dynamics_lr=1e-3, alpha_lr=2e-3, policy_average=0.005, eval_every=1000)
 
 
 @dataclass
