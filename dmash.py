@@ -356,7 +356,7 @@ def average(moving, network, rate):
 
 
 class Agent(nn.Module):
-    """The networks of a method, their optimizers, and `update`, which is Algorithm 2. d_c: how many numbers a context c has."""
+    """The networks of a method, their optimizers, and `update`, which is Algorithm 2. d_c: the size of a context c."""
 
     def __init__(self, cfg, d_s, d_a, d_c):
         super().__init__()
