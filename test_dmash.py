@@ -2847,15 +2847,20 @@ def test_an_evaluation_that_diverges_is_told_and_training_goes_on(run, tmp_path,
 
 
 def test_signal_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with dmash.catch_signals() as stop:
-        stop()
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(dmash.Stopped):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]  # also where one was ignored
+    try:
+        with dmash.catch_signals() as stop:
             stop()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(dmash.Stopped):
+                stop()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        assert [signal.getsignal(number) for number in numbers] == [signal.default_int_handler] * 2
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------
