@@ -1013,6 +1013,8 @@ def replace_file(path, write):
         with contextlib.suppress(OSError):
             partial.unlink()
         fault = error if isinstance(error, OSError) else error.__context__  # torch.save wraps that of a full disk
+        if not isinstance(fault, OSError):
+            raise
         raise OSError(fault.errno, fault.strerror, str(path)) from None
 
 
