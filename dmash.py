@@ -120,9 +120,8 @@ def mask_inputs(tau, d_s, d_a, p):
     """Random input masking: at each time step, each of the vectors s, a, δs becomes zero with probability p. Unlike in
     dropout, what is left is not scaled up."""
     B, L, _ = tau.shape
-    keep = (torch.rand(B, L, 3, device=tau.device) >= p).float()
-    vector = torch.tensor([0] * d_s + [1] * d_a + [2] * d_s, device=tau.device)  # which of the three an entry is in
-    return tau * keep.index_select(-1, vector)  # (B, L, 3) -> (B, L, 2 d_s + d_a)
+    keep = (torch.rand(B, L, 3, device=tau.device) >= p).float().split(1, -1)  # for s, a, δs, (B, L, 1) each
+    return tau * torch.cat([k.expand(B, L, d) for k, d in zip(keep, (d_s, d_a, d_s))], -1)
 
 
 def avg_l1_norm(x):
@@ -189,15 +188,18 @@ class Omega(NamedTuple):
 class Hypernetwork(nn.Module):
     """h_η: z (B, d_z) -> Omega. One linear head per tensor of ω: cut out of one, its gradient would be copied."""
 
-    def __init__(self, d_z=8, hidden=64, d_x=256, bottleneck=32):
+    def __init__(self, d_z=8, hidden=64, d_x=256, bottleneck=32, bfloat16=False):
         super().__init__()
+        self.bfloat16 = bfloat16
         self.shapes = Omega((d_x, bottleneck), (1, bottleneck), (bottleneck, d_x), (1, d_x))
         self.trunk = nn.Sequential(nn.Linear(d_z, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         self.heads = nn.ModuleList(nn.Linear(hidden, math.prod(shape)) for shape in self.shapes)
 
     def forward(self, z):
         y = self.trunk(z)  # (B, 64)
-        return Omega(*(head(y).unflatten(-1, shape) for head, shape in zip(self.heads, self.shapes)))
+        with torch.autocast(y.device.type, torch.bfloat16, self.bfloat16):
+            tensors = [head(y).float() for head in self.heads]  # (B, 256 · 32) and so on
+        return Omega(*(w.unflatten(-1, shape) for w, shape in zip(tensors, self.shapes)))
 
 
 def adapter(x, omega):
@@ -366,7 +368,7 @@ class Agent(nn.Module):
         d_told = {"inferred": cfg.d_z, "true": d_c, "none": 0}[method.context]
 
         def hypernetwork():
-            return Hypernetwork(d_told, cfg.hyper_hidden, cfg.hidden, cfg.bottleneck)
+            return Hypernetwork(d_told, cfg.hyper_hidden, cfg.hidden, cfg.bottleneck, cfg.bfloat16)
 
         def options(how):
             make_own = hypernetwork if how == "adapter" and method.hypernetwork == "own" else None
@@ -661,6 +663,7 @@ class Config:
     # hypernetwork, adapter and the networks that carry it
     hyper_hidden: int = option(64, "width of the hypernetwork's two hidden layers", "[1, 10000]")
     bottleneck: int = option(32, "width of the adapter", "[1, 10000]")
+    bfloat16: bool = option(False, "compute ω in bfloat16: faster on a CPU that has AVX512-BF16")
     hidden: int = option(256, "width of the dynamics model, the policy and the critics", "[1, 10000]")
     # SAC
     gamma: float = option(0.99, "discount factor", "[0, 1]")
@@ -796,6 +799,22 @@ class Run:
             run.save()  # all that follows from the checkpoint, whatever became of it in between
             run.train(f"going on from step {run.step:,} of {run.cfg.steps:,}")
 
+    @classmethod
+    def go_on(cls, cfg):
+        """The run of these settings, started, resumed or found complete: a command that may be given again."""
+        folder, path = cfg.folder, cfg.folder / "checkpoint.pt"
+        if not path.is_file():
+            return cls.start(cfg)
+        with reading(path, "--go-on"):
+            state = load(path)
+            there, step = Config(**state["settings"]), state["step"]
+        for name, value in asdict(cfg).items():
+            if value != getattr(there, name) and name not in ("steps", "out", "device", "threads"):
+                raise BadInput(f"{flag(name)} {value}: {folder} holds a run with {flag(name)} {getattr(there, name)}")
+        if step >= cfg.steps and state["history"] and state["history"][-1]["metrics"]["step"] == step:
+            return print(f"{folder}: complete, {step:,} steps")
+        cls.resume(folder, cfg.steps)
+
     @property
     def evaluated(self):
         """The step of the last evaluation, 0 before the first."""
@@ -843,9 +862,11 @@ class Run:
         self.step += 1
         self.rollout.collect()
         losses = self.agent.update(self.rollout.replay.sample(self.cfg.batch), self.step)
-        require_finite(losses)
         for name, value in losses.items():
             self.losses[name].append(value)
+        recent = 1 if self.cfg.device == "cpu" else 100  # to look at a GPU's numbers is to wait for it
+        if self.step % recent == 0:
+            require_finite({name: torch.stack(v[-recent:]) for name, v in self.losses.items() if v})
         self.step_seconds += time.perf_counter() - begin
 
     def evaluate(self, stop=lambda: None):
@@ -1155,6 +1176,7 @@ def build_parser():
     modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
     modes.add_argument("--list-methods", action="store_true", help="print the table of methods")
     parser.add_argument("--per-context", action="store_true", help="with --eval: print the return of every context")
+    parser.add_argument("--go-on", action="store_true", help="start the run, or go on with it if its folder is there")
     for f in fields(Config):
         about = [f"default: {f.default}"] * (f.default is not None)
         about += [f"allowed: {f.metadata['allowed']}"] * (f.metadata["allowed"] is not None)
@@ -1206,10 +1228,13 @@ def main(argv=None):
 
 def run_command(settings):
     """Does what the arguments, by name, ask for."""
-    per_context, modes = settings.pop("per_context"), {mode: settings.pop(mode) for mode in ALLOWED_WITH}
+    per_context, go_on = settings.pop("per_context"), settings.pop("go_on")
+    modes = {mode: settings.pop(mode) for mode in ALLOWED_WITH}
     mode = next((mode for mode, value in modes.items() if value not in (None, False)), None)
     if per_context and mode != "eval":
         raise BadInput("--per-context: allowed only with --eval RUN")
+    if go_on and mode:
+        raise BadInput(f"--go-on: not with {flag(mode)}")
     for name in settings if mode else ():
         if name not in ALLOWED_WITH[mode]:
             allowed = ", ".join(map(flag, ALLOWED_WITH[mode])) or "no setting"
@@ -1221,7 +1246,8 @@ def run_command(settings):
     elif mode == "resume":
         Run.resume(modes["resume"], **settings)
     else:
-        Run.start(quick(**settings) if settings.pop("quick", False) else Config(**settings))
+        cfg = quick(**settings) if settings.pop("quick", False) else Config(**settings)
+        Run.go_on(cfg) if go_on else Run.start(cfg)
 
 
 def print_evaluation(path, per_context, device="cpu", **settings):

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,16 @@ def test_window_share_is_rounded_down():
     assert (dmash.Config(env="cartpole_inv").L, dmash.Config(env="di_inv").L) == (25, 4)
 
 
+def test_no_window_is_cut_where_no_encoder_reads_it(monkeypatch):
+    monkeypatch.setattr(dmash, "subsample", None)
+    for method in ("concat", "da", "dr"):
+        cfg = small_config(method=method)
+        envs = aib_envs.VectorEnv(cfg.env, aib_envs.context_sets(cfg.env, 4)["train"], seed=0)
+        rollout = dmash.Rollout(dmash.new_agent(cfg), envs, noisy=True, capacity=100)
+        rollout.collect()
+        assert cfg.L == 0 and rollout.replay.sample(8).tau is None
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Hypernetwork and adapter
 # ---------------------------------------------------------------------------------------------------------------
@@ -272,6 +283,23 @@ def test_hypernetwork_heads_start_as_pytorch_linear_layers():
     head, linear = dmash.Hypernetwork().heads[0], nn.Linear(64, 256 * 32)
     for ours, theirs in ((head.weight, linear.weight), (head.bias, linear.bias)):
         assert abs(ours.std() / theirs.std() - 1) < 0.05 and ours.abs().max() <= 1 / 8
+
+
+def test_omega_in_bfloat16_is_the_same_to_its_three_digits():
+    """The heads alone: what comes out is float32, ω and its gradients differ by rounding, all else by nothing."""
+    z = torch.rand(B, 8)
+    found = {}
+    for bfloat16 in (False, True):
+        torch.manual_seed(0)
+        h = dmash.Hypernetwork(bfloat16=bfloat16)
+        omega = h(z)
+        sum(w.square().mean() for w in omega).backward()
+        assert all(w.dtype == torch.float32 for w in omega)
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in h.parameters())
+        found[bfloat16] = [*omega, *(p.grad for p in h.parameters())]
+    for exact, rounded in zip(found[False], found[True]):
+        assert not torch.equal(exact, rounded)
+        assert torch.dist(exact, rounded) < 0.02 * exact.norm()
 
 
 def test_sizes_of_omega():
@@ -2207,6 +2235,29 @@ def test_steps_may_be_raised_on_resume(folder, capsys):
     assert "--steps 45: must be a whole number in [50, 1e9]" in capsys.readouterr().err
 
 
+def test_a_run_may_be_asked_for_twice(run, tmp_path, capsys, monkeypatch):
+    """--go-on starts a run, goes on with it, or finds it complete: status 0 each time, and the undisturbed result."""
+    arguments, folder = [*small_arguments(tmp_path), "--go-on"], tmp_path / run.name
+    with monkeypatch.context() as patch:
+        patch.setattr(dmash, "catch_signals", stopping_after(80))
+        assert dmash.main(arguments) == 0
+    assert dmash.load(folder / "checkpoint.pt")["step"] == 20 and "stopped at step 20" in capsys.readouterr().out
+    assert dmash.main(arguments) == 0 and same_run(run, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    assert dmash.main(arguments) == 0
+    assert capsys.readouterr().out == f"{folder}: complete, 40 steps\n"
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}  # nothing is touched
+    assert dmash.main([*arguments, "--threads", "2", "--steps", "30"]) == 0  # it has these, and made them with 1 thread
+    assert dmash.main([*arguments, "--gamma", ".5"]) == 2
+    assert capsys.readouterr().err == f"dmash.py: error: --gamma 0.5: {folder} holds a run with --gamma 0.99\n"
+    assert dmash.main([*arguments, "--steps", "50"]) == 0 and read(folder / "metrics.csv")[-1]["step"] == "50"
+    (folder / "checkpoint.pt").write_bytes(b"")
+    assert dmash.main(arguments) == 2 and "checkpoint.pt cannot be read" in capsys.readouterr().err
+    assert dmash.main(["--resume", str(folder), "--go-on"]) == 2
+    assert "--go-on: not with --resume" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of this kind are not sent on Windows")
 def test_sigterm_saves_and_a_second_process_is_refused(run, tmp_path):
     command_line = [sys.executable, str(HERE / "dmash.py"), *small_arguments(tmp_path, steps=100_000)]
@@ -2819,6 +2870,24 @@ def test_numbers_that_go_wrong_stop_the_run(name, run, tmp_path, capsys, monkeyp
     assert dmash.main(["--resume", str(folder)]) == 0  # without the fault
 
 
+def test_a_gpu_s_losses_are_looked_at_every_hundred_steps(tmp_path, monkeypatch):
+    """Here a CPU that is taken for a GPU: a loss that went wrong once, at step 30, stops the run at step 100."""
+    run = dmash.Run(small_config(out=str(tmp_path), random_steps=30), tmp_path)
+    run.cfg.device = "cuda"
+    update = dmash.Agent.update
+
+    def poisoned(agent, batch, step):
+        losses = update(agent, batch, step)
+        return losses | {"critic_loss": losses["critic_loss"] * (math.nan if step == 30 else 1)}
+
+    monkeypatch.setattr(dmash.Agent, "update", poisoned)
+    run.rollout.collect(random=True)
+    with pytest.raises(FloatingPointError, match="critic_loss is not finite"):
+        for _ in range(150):
+            run.gradient_step()
+    assert run.step == 100
+
+
 def test_a_simulation_that_diverges_stops_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # MuJoCo notes it in a file where it is
     too_fast = np.array([0.0, 0.0, 1e11, 1e11])
@@ -2845,6 +2914,23 @@ def test_an_evaluation_that_diverges_is_told_and_training_goes_on(run, tmp_path,
     assert [row["mass"] for row in contexts if row["diverged"] == "1"] == ["0.1", "0.1"]
     policies = [dmash.load(folder / "policy.pt")["agent"] for folder in (tmp_path / run.name, run)]
     assert all(torch.equal(weight, policies[1][name]) for name, weight in policies[0].items())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept(kept):
+    """100 MB in pieces as large as ω's, ten times: pages are asked for once, or every time."""
+    code = f"""
+import resource, torch, dmash
+{kept} and dmash.keep_freed_memory()
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pieces = [torch.ones(2_000_000) for _ in range(12)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sum([step() for _ in range(11)][1:]))
+"""
+    faults = int(command(code=code).stdout)
+    assert faults < 1000 if kept else faults > 10_000
 
 
 def test_signal_handlers_are_put_back():
