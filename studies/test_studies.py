@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import benchmark
+import departures
 import pytest
+import torch
 
 import dmash
 
@@ -152,3 +154,87 @@ def test_help_names_the_settings_that_have_an_effect(capsys):
         benchmark.main(["--help"])
     text = capsys.readouterr().out
     assert not stop.value.code and "--batch" in text and "--steps" not in text
+
+
+# ---- departures.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def departing(request, tmp_path):
+    """A run of a departure, past the random steps and 120 gradient steps: over a reset, as an episode has 100."""
+    with departures.departed(request.param):
+        cfg = dmash.Config(env="di_inv", method=request.param, contexts=4, batch=64, hidden=8, subsample=1, threads=1)
+        run = dmash.Run(cfg, tmp_path)
+        for _ in range(150):
+            run.rollout.collect(random=True)
+        for _ in range(120):
+            run.gradient_step()
+        yield run
+
+
+@pytest.mark.parametrize("departing", ["included"], indirect=True)
+def test_included_windows_end_with_the_transition_itself(departing):
+    batch = departing.rollout.replay.sample(64)
+    itself = torch.cat([batch.s, batch.a, batch.ds], -1).unsqueeze(1)  # (B, 1, 2 d_s + d_a); the window is in any order
+    assert (batch.tau == itself).all(-1).any(-1).all()
+    last = departing.rollout.replay.rows[departing.rollout.replay.t - 1, :, :-1].unsqueeze(1)
+    assert (departing.rollout.replay.latest(False)[:, -1:] == last).all()  # acting cannot know more
+
+
+@pytest.mark.parametrize("departing", ["terminal"], indirect=True)
+def test_terminal_targets_end_where_episodes_end(departing, monkeypatch):
+    replay = departing.rollout.replay
+    batches = [replay.sample(1024) for _ in range(4)]
+    ends = torch.cat([batch.s2[batch.goes_on == 0] for batch in batches])
+    lasts = replay.rows[[123, 247]]  # warm-up 24, horizon 100, twice
+    known = lasts[..., :4] + lasts[..., 6:10]  # s + δs
+    assert len(ends) and all((known.reshape(-1, 4) == end).all(-1).any() for end in ends)
+    batch, agent = batches[0], departing.agent
+    batch.goes_on[:] = 0
+    told = agent.tell(batch.tau, batch.c, False)[1]
+    loss = dmash.critic_loss(agent.pi, agent.Q, agent.Q_target, agent.alpha, told, batch, 0.99)
+    q = agent.Q(batch.s, batch.a, told)
+    assert torch.allclose(loss, (q - batch.r.unsqueeze(-1)).square().mean(0).sum())
+
+
+@pytest.mark.parametrize("departing", ["fresh"], indirect=True)
+def test_fresh_masks_give_each_loss_an_omega_of_its_own(departing, monkeypatch):
+    seen = []
+    for name in ("dynamics_loss", "critic_loss", "actor_loss"):
+        function = getattr(dmash, name)
+
+        def spy(*args, function=function):
+            seen.append(next(a for a in args if isinstance(a, dmash.Omega)))
+            return function(*args)
+
+        monkeypatch.setattr(dmash, name, spy)
+    departing.agent.update(departing.rollout.replay.sample(64), 2)
+    assert len(seen) == len({omega.b_up.detach().sum().item() for omega in seen}) == 4
+    assert [omega.b_up.requires_grad for omega in seen] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("departing", ["apart"], indirect=True)
+def test_warm_ups_apart_are_read_but_not_learned_from(departing):
+    rollout, replay = departing.rollout, departing.rollout.replay
+    assert replay.t == 150 + 120 and replay.recent.t == replay.t + 24  # one warm-up, the first that is not random
+    rollout.begin_episode()
+    assert replay.t == 150 + 120 and replay.recent.t == replay.t + 48 and rollout.noisy
+    window, rows = rollout.replay.latest(False), replay.recent.rows.transpose(0, 1)[..., :-1]
+    assert torch.equal(window.sort(1).values, rows.sort(1).values)
+
+
+@pytest.mark.parametrize("name", departures.DEPARTURES)
+def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(name, tmp_path, capsys):
+    command = (
+        f"--method {name} {' '.join(SMALL[:6])} --random-steps 30 --rollouts 1 --hidden 8 --out {tmp_path}".split()
+    )
+    before = dict(vars(dmash))
+    assert departures.main([*command, "--steps", "2"]) == 0
+    assert departures.main([*command, "--steps", "4", "--go-on"]) == 0
+    assert {key for key in before if before[key] is not vars(dmash)[key]} == set()
+    assert "step 4 " in capsys.readouterr().out and (tmp_path / f"di_inv__{name}__s1" / "policy.pt").is_file()
+
+
+def test_departures_refuse_other_methods(capsys):
+    assert departures.main(["--method", "dr"]) == 2
+    assert "allowed: --method included, terminal, fresh, apart" in capsys.readouterr().err

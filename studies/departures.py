@@ -1,0 +1,136 @@
+"""Do the differences between dmash.py and the published code change returns?
+
+    python studies/departures.py --env cartpole_inv --method terminal --quick    one run; as long as one of dmash.py
+
+The command line is dmash.py's, with four methods more. Each is DMA*-SH but for one thing, done as the published code
+does it (README, "Differences from the published code"):
+
+    included    windows of the batch hold the transition to be predicted, as their last entry
+    terminal    the time limit is a terminal state in the critics' target
+    fresh       encoder and hypernetwork run again, with fresh masks, for the critics and for each step of the policy
+    apart       warm-ups act by the mean action, without masks, and stay out of the replay; none among random actions
+
+The run folder bears the method's name, so that `studies/compare.py report` sets it beside the others.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import aib_envs  # noqa: E402
+import dmash  # noqa: E402
+
+Replay = dmash.Replay  # as it is, whatever stands in its place later
+
+
+class IncludedReplay(dmash.Replay):
+    later = 0
+
+    def sample(self, size):
+        self.later = 1
+        batch = super().sample(size)
+        self.later = 0
+        return batch
+
+    def windows(self, n, t, noisy):
+        return super().windows(n, t + self.later, noisy)
+
+
+class TerminalBatch(dmash.Batch):
+    """A batch that knows where its transitions end: `goes_on` (B,), 0 at the time limit, else 1."""
+
+
+class TerminalReplay(dmash.Replay):
+    def sample(self, size):
+        batch = TerminalBatch(*super().sample(size))
+        batch.goes_on = ((self.sampled + 1) % self.period != 0).float()
+        return batch
+
+    def windows(self, n, t, noisy):
+        self.sampled = t  # (B,)
+        return super().windows(n, t, noisy)
+
+
+class TerminalRollout(dmash.Rollout):
+    def __init__(self, agent, envs, **options):
+        super().__init__(agent, envs, **options)
+        self.replay.period = agent.cfg.K + aib_envs.ENVS[agent.cfg.env].horizon  # every episode with its warm-up
+
+
+def terminal_critic_loss(pi, Q, Q_target, alpha, told, batch, gamma, plain=dmash.critic_loss):
+    return plain(pi, Q, Q_target, alpha, told, batch, gamma * batch.goes_on)
+
+
+class FreshAgent(dmash.Agent):
+    def update(self, batch, step):
+        self.batch = batch
+        return super().update(batch, step)
+
+    def reopened(self, loss, z, told):
+        _, told, _ = self.tell(self.batch.tau, self.batch.c, noisy=True)
+        return dmash.stop_gradient(told)
+
+
+class ApartReplay(dmash.Replay):
+    """Holds no warm-ups; `recent`, the last K transitions, which acting reads, does."""
+
+    def __init__(self, c, capacity, d_s, d_a, K, L):
+        super().__init__(c, capacity, d_s, d_a, K, L)
+        self.recent, self.warm_up = Replay(c, K, d_s, d_a, K, L), False
+
+    def add(self, *transition):
+        self.recent.add(*transition)
+        if not self.warm_up:
+            super().add(*transition)
+
+    def latest(self, noisy):
+        return self.recent.latest(noisy)
+
+    def state_dict(self):
+        return super().state_dict() | {"recent": self.recent.state_dict()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.recent.load_state_dict(state["recent"])
+
+
+class ApartRollout(dmash.Rollout):
+    def begin_episode(self, warm_up=True, random=False):
+        noisy, self.noisy, self.replay.warm_up = self.noisy, False, True
+        super().begin_episode(warm_up and not random)
+        self.noisy, self.replay.warm_up = noisy, False
+
+
+DEPARTURES = {  # what of dmash.py each replaces
+    "included": {"Replay": IncludedReplay},
+    "terminal": {"Replay": TerminalReplay, "Rollout": TerminalRollout, "critic_loss": terminal_critic_loss},
+    "fresh": {"Agent": FreshAgent},
+    "apart": {"Replay": ApartReplay, "Rollout": ApartRollout},
+}
+
+
+@contextlib.contextmanager
+def departed(method):
+    """dmash with the functions and classes of a departure, while the block runs."""
+    dmash.METHODS.setdefault(method, dmash.Method("departure"))
+    before = {name: getattr(dmash, name) for name in DEPARTURES[method]}
+    try:
+        vars(dmash).update(DEPARTURES[method])
+        yield
+    finally:
+        vars(dmash).update(before)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    method = next((name for name in DEPARTURES if f"--method {name}" in " ".join(argv)), None)
+    if method is None:
+        print(f"departures.py: error: allowed: --method {', '.join(DEPARTURES)}, with settings", file=sys.stderr)
+        return 2
+    with departed(method):
+        return dmash.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
