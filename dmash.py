@@ -632,7 +632,7 @@ def option(default, help, allowed=None):
 
 
 # --quick: what sets SAC's pace, faster, for all environments and methods alike (results/README.md says how found)
-QUICK = dict(polyak=0.02, actor_lr=1e-3, dynamics_lr=1e-3, alpha=0.3, alpha_lr=3e-3)
+QUICK = dict(polyak=0.05, actor_lr=1e-3, dynamics_lr=1e-3, alpha=0.1, alpha_lr=2e-3)
 QUICK |= dict(policy_average=0.005, eval_every=1000)
 
 
