@@ -14,6 +14,7 @@ reset, observation, reward. The table ENVS at the end declares every environment
 `context_sets`, the registry and all checks read it.
 """
 
+import copy
 import difflib
 import math
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class ContextDim(NamedTuple):
         """Returns `value` as a float; ValueError names it if it is not finite or physically impossible."""
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except NOT_A_NUMBER:
             number = math.nan
         if self.only is not None:
             ok, allowed = number in self.only, " or ".join(f"{v:g}" for v in self.only)
@@ -63,14 +64,34 @@ class ContextDim(NamedTuple):
         else:
             ok, allowed = math.isfinite(number), "a finite number"
         if not ok or isinstance(value, (str, bool)):
-            raise ValueError(f"context {self.name}={value!r}: must be {allowed}")
+            raise ValueError(f"context {self.name}={shown(value)}: must be {allowed}")
         return number
+
+
+NOT_A_NUMBER = (TypeError, ValueError, OverflowError, RuntimeError)  # text, 10**400, a tensor that has a gradient
+
+
+def shown(value):
+    """`value` in a message of one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def finite(name, value, shape, where=""):
+    """A copy of `value` as an array of that shape; ValueError if it is not that many finite numbers."""
+    try:
+        array = np.array(value, dtype=np.float64)
+    except NOT_A_NUMBER:
+        array = np.array(math.nan)
+    if array.shape != shape or not np.isfinite(array).all():
+        raise ValueError(f"{name} {shown(value)}: must be {' x '.join(map(str, shape))} finite numbers{where}")
+    return array
 
 
 MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), positive=True)  # kg
 FRICTION = ContextDim("friction", 1.0, (0.5, 1.5), (0.1, 2.0))  # kg/s
 ACTION_FACTOR = ContextDim("action_factor", 1.0, (-1.0, 1.0))  # multiplies the action: -1 inverts every actuator
-SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))  # 1 exchanges the two actuators
+SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))  # 1 exchanges the first two actuators
 POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), positive=True)  # half the pole, m
 LENGTH_SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), positive=True)  # multiplies limb lengths
 CUP_GRAVITY = ContextDim("gravity", 9.81, (8.0, 12.0), (1.0, 20.0))  # m/s²
@@ -148,7 +169,9 @@ class ActuatorInversion(gymnasium.ActionWrapper):
         if not isinstance(space, gymnasium.spaces.Box) or not np.array_equal(space.low, -space.high):
             raise ValueError(f"action space {space}: must be a Box symmetric about zero")
         if self.signs.shape not in ((), (1,), space.shape) or not np.isfinite(self.signs).all():
-            raise ValueError(f"signs {signs!r}: must be a finite number, or one for each of {space.shape} actuators")
+            raise ValueError(
+                f"signs {shown(signs)}: must be a finite number, or one for each of {space.shape} actuators"
+            )
 
     @staticmethod
     def route(action, signs):
@@ -159,14 +182,21 @@ class ActuatorInversion(gymnasium.ActionWrapper):
 
 
 class ActuatorPermutation(gymnasium.ActionWrapper):
-    """Sends entry `order[i]` of the action to actuator i. ValueError if `order` is no permutation of the actuators."""
+    """Sends entry `order[i]` of the action to actuator i.
+
+    ValueError if `order` is no permutation of the actuators, or exchanges actuators whose bounds differ.
+    """
 
     def __init__(self, env, order):
         super().__init__(env)
-        self.order = np.asarray(order)
-        size = env.action_space.shape[-1] if env.action_space.shape else 0
-        if sorted(np.ravel(self.order).tolist()) != list(range(size)):
-            raise ValueError(f"order {order!r}: must be a permutation of 0 ... {size - 1}")
+        space, self.order = env.action_space, np.asarray(order)
+        if not (isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1):
+            raise ValueError(f"action space {space}: must be a Box of one axis")
+        (size,) = space.shape
+        if self.order.dtype.kind not in "iu" or sorted(self.order.tolist()) != list(range(size)):
+            raise ValueError(f"order {shown(order)}: must be a permutation of 0 ... {size - 1}")
+        if not all(np.array_equal(bound[self.order], bound) for bound in (space.low, space.high)):
+            raise ValueError(f"order {shown(order)}: must leave actuators with other bounds in place, in {space}")
 
     @staticmethod
     def route(action, order):
@@ -198,14 +228,16 @@ class Task:
         """Makes everything that depends on the contexts, from nominal values."""
         self.c = {name: np.array([context[name] for context in self.contexts]) for name in self.contexts[0]}
         self.signs = self.c["action_factor"][:, None] if "action_factor" in self.c else None
-        self.order = np.where(self.c["swap"][:, None] == 1, [1, 0], [0, 1]) if "swap" in self.c else None
+        order = [*range(self.d_a)]
+        self.order = np.where(self.c["swap"][:, None] == 1, [1, 0, *order[2:]], order) if "swap" in self.c else None
 
-    def set_contexts(self, contexts):
-        """Gives every instance another context and keeps its physical state."""
-        state = self.state()
-        self.contexts = [dict(context) for context in contexts]
-        self.build()
-        self.set_state(state)
+    def with_contexts(self, contexts):
+        """This task in other contexts, still to be given a state. This one stays as it is, also where the other cannot
+        be built (ValueError)."""
+        other = copy.copy(self)
+        other.contexts = [dict(context) for context in contexts]
+        other.build()
+        return other
 
     def snapshot(self):
         """All that the next step depends on, as one array (N, ...): here the physical state."""
@@ -219,13 +251,16 @@ class Task:
         self.set_state(np.stack([self.initial_state(i, rng) for i, rng in enumerate(rngs)]))
 
     def step(self, actions):
-        """One step of actions (N, d_a) in [-1, 1]; then `observation` and `reward` are those of the new state."""
+        """One step of actions (N, d_a); then `observation` and `reward` are those of the new state.
+
+        What an actuator gets, after the context flipped or swapped it, is clipped to [-1, 1] here, in every task.
+        """
         actions = np.asarray(actions, dtype=np.float64)  # whoever calls: float32 powers and products would differ
         if self.signs is not None:
             actions = ActuatorInversion.route(actions, self.signs)
         if self.order is not None:
             actions = ActuatorPermutation.route(actions, self.order)
-        self.advance(actions)
+        self.advance(np.minimum(np.maximum(actions, -1), 1))  # faster than np.clip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -289,10 +324,10 @@ class DoubleIntegrator(Task):
         return np.concatenate([self.p, self.v], axis=-1)
 
     def advance(self, actions):
-        force, mass = np.clip(actions, -1, 1), self.c["mass"][:, None]
+        mass = self.c["mass"][:, None]
         keep = 1 - self.DT * self.c["friction"][:, None] / mass if "friction" in self.c else 1.0
         self.p = np.clip(self.p + self.DT * self.v, -1, 1)  # first, with the old velocity
-        self.v = np.clip(self.v * keep + self.DT * force / mass, -1, 1)
+        self.v = np.clip(self.v * keep + self.DT * actions / mass, -1, 1)
 
     observation = state
 
@@ -372,16 +407,37 @@ class MujocoTask(Task):
 
     def build(self):
         super().build()
-        self.models = [self.model(context) for context in self.contexts]
+        self.models = [self.checked_model(context) for context in self.contexts]
         for model in self.models:  # a simulation that diverges shows it, instead of starting anew unseen
             model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.datas = [mujoco.MjData(model) for model in self.models]
         self.pairs = list(zip(self.models, self.datas))
-        self.ctrls = [data.ctrl for data in self.datas]  # views, made once: looking them up costs more than a copy
-        self.qposes, self.qvels = [data.qpos for data in self.datas], [data.qvel for data in self.datas]
+        self.view()
+
+    VIEWS = {"ctrls": "ctrl", "qposes": "qpos", "qvels": "qvel"}
+
+    def view(self):
+        """Views into the simulations, made once: looking them up costs more than a copy."""
+        for name, array in self.VIEWS.items():
+            setattr(self, name, [getattr(data, array) for data in self.datas])
+
+    def __getstate__(self):
+        """For `copy` and `pickle`, which would cut a view off from what it is a view of."""
+        return {name: value for name, value in vars(self).items() if name not in self.VIEWS}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.view()
 
     def model(self, context):
         return mujoco.MjModel.from_xml_string(self.xml(context))
+
+    def checked_model(self, context):
+        try:
+            return self.model(context)
+        except (ValueError, mujoco.FatalError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"context {context}: MuJoCo cannot build it ({reason})") from None
 
     def measure(self):
         self.qpos, self.qvel = np.array(self.qposes), np.array(self.qvels)  # (N, nq), (N, nv)
@@ -920,18 +976,36 @@ def unknown(kind, name, known):
 
 def lookup(env_id):
     """The EnvSpec of `env_id`; ValueError for an unknown id."""
-    if env_id not in ENVS:
+    if str(env_id) not in ENVS:
         raise ValueError(unknown("environment", env_id, list(ENVS)))
     return ENVS[env_id]
+
+
+def named(what, values):
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} {shown(values)}: must be a dict of values by name")
+    return values
 
 
 def full_context(env_id, context):
     """`context` checked, with the defaults of what it does not name, in the order of the table."""
     dims = lookup(env_id).context
-    for name in context:
+    for name in named("context", context):
         if name not in [dim.name for dim in dims]:
             raise ValueError(unknown(f"context of {env_id}", name, [dim.name for dim in dims]))
     return {dim.name: dim.check(context.get(dim.name, dim.default)) for dim in dims}
+
+
+def contexts_of(env_id, contexts, n=20):
+    """A list of contexts, or the set of `n` of that name, checked and in full. ValueError if there is none."""
+    if isinstance(contexts, str):
+        sets = context_sets(env_id, n)
+        if contexts not in sets:
+            raise ValueError(unknown("context set", contexts, list(sets)))
+        contexts = sets[contexts]
+    if not isinstance(contexts, (list, tuple)) or not contexts:
+        raise ValueError(f"contexts {shown(contexts)}: must be a list of at least one, or the name of a set")
+    return [full_context(env_id, context) for context in contexts]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -967,25 +1041,27 @@ class ContextualEnv(gymnasium.Env):
 
     def state(self):
         """The physical state, float64: what reset(options={"state": ...}) takes."""
+        self.need_reset("state")
         return self.task.state()[0]
 
     def set_context(self, **context):
         """Changes context values now and keeps the physical state."""
         context = full_context(self.env_id, self.context | context)
         self.need_reset("set_context")
-        self.task.set_contexts([context])
+        task = self.task.with_contexts([context])
+        task.set_state(self.task.state())
+        self.task = task
 
     def reset(self, *, seed=None, options=None):
-        options = dict(options or {})
-        context = full_context(self.env_id, self.context | dict(options.pop("context", {})))
+        options = dict(named("options", {} if options is None else options))
+        context = full_context(self.env_id, self.context | named("context", options.pop("context", {})))
         sizes = {"state": self.task.state_size, "target": len(np.ravel(getattr(self.task, "target", ())))}
         given = {name: self.check(name, options.pop(name), size) for name, size in sizes.items() if name in options}
         if options:
             raise ValueError(unknown("option", next(iter(options)), ["state", "target", "context"]))
+        task = self.task if context == self.context else self.task.with_contexts([context])
         super().reset(seed=seed)
-        if context != self.context:
-            self.task.contexts = [context]
-            self.task.build()
+        self.task = task
         self.task.reset([self.np_random])
         if "target" in given:
             self.task.target = given["target"]
@@ -995,14 +1071,8 @@ class ContextualEnv(gymnasium.Env):
         return self.observation(), {"context": self.context}
 
     def check(self, name, value, size):
-        """A value from outside as a row of numbers, (1, size); ValueError if it is not that many finite ones."""
-        try:
-            row = np.array([value], dtype=np.float64)
-        except (TypeError, ValueError):
-            row = np.array([])
-        if row.shape != (1, size) or not np.isfinite(row).all():
-            raise ValueError(f"{name} {value!r}: must be {size} finite numbers for {self.env_id}")
-        return row
+        """A value from outside as a row of finite numbers, (1, size)."""
+        return finite(name, value, (size,), f" for {self.env_id}")[None]
 
     def need_reset(self, call):
         if self.t is None:
@@ -1012,7 +1082,7 @@ class ContextualEnv(gymnasium.Env):
         return self.task.observation()[0].astype(np.float32)
 
     def step(self, action):
-        """One step of `action`, (d_a,) in [-1, 1]."""
+        """One step of `action`, (d_a,); what an actuator gets is clipped to [-1, 1]."""
         self.need_reset("step")
         self.task.step(self.check("action", action, self.task.d_a))
         self.t += 1
@@ -1021,6 +1091,7 @@ class ContextualEnv(gymnasium.Env):
 
     def render(self):
         """The picture, (256, 256, 3), or None without a render mode."""
+        self.need_reset("render")
         return draw(*self.task.picture(0)) if self.render_mode else None
 
 
@@ -1038,8 +1109,9 @@ class VectorEnv:
 
     def __init__(self, env_id, contexts, seed):
         spec = lookup(env_id)
-        self.task = spec.cls([full_context(env_id, context) for context in contexts])
-        self.N, self.d_s, self.d_a, self.horizon = self.task.N, self.task.d_s, self.task.d_a, spec.horizon
+        self.task = spec.cls(contexts_of(env_id, contexts))
+        self.env_id, self.horizon = env_id, spec.horizon
+        self.N, self.d_s, self.d_a = self.task.N, self.task.d_s, self.task.d_a
         self.c = np.array([list(context.values()) for context in self.task.contexts], dtype=np.float32)  # (N, d_c)
         self.rngs = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(self.N)]
         self.t = None  # not yet reset
@@ -1052,9 +1124,9 @@ class VectorEnv:
 
     def step(self, actions):
         """Actions (N, d_a). Returns observations (N, d_s), rewards (N,) and whether the horizon is reached."""
-        if actions.shape != (self.N, self.d_a) or not np.isfinite(actions).all():
-            raise ValueError(f"actions {actions.tolist()}: must be {self.N} x {self.d_a} finite numbers")
-        self.task.step(actions)
+        if self.t is None:
+            raise gymnasium.error.ResetNeeded(f"{self.env_id}: call reset() before step()")
+        self.task.step(finite("actions", actions, (self.N, self.d_a)))
         self.t += 1
         observation, reward = self.task.observation(), self.task.reward()
         return observation.astype(np.float32), reward.astype(np.float32), self.t >= self.horizon
