@@ -680,8 +680,8 @@ class Config:
         try:
             spec = aib_envs.lookup(self.env)
         except (ValueError, ImportError, gymnasium.error.Error) as error:
-            place = "" if isinstance(error, ValueError) else f"--env {self.env}: "
-            raise BadInput(f"{place}{error}") from None
+            ours = isinstance(error, ValueError)  # and names the environment
+            raise BadInput(error if ours else f"--env {self.env}: {one_line(error)}") from None
         if self.method not in METHODS:
             raise BadInput(aib_envs.unknown("method", self.method, list(METHODS)))
         method = METHODS[self.method]
