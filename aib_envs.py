@@ -3,30 +3,66 @@
 A context `c` is fixed during an episode and changes the dynamics only; the agent never observes it.
 
     env = make("cartpole_inv", length=0.7, action_factor=-1)   # one gymnasium.Env
+    gymnasium.make("aib_envs:aib/cartpole_inv-v0", length=0.7, action_factor=-1)                  # the same
+    gymnasium.make_vec("aib_envs:aib/cartpole_inv-v0", num_envs=20, contexts="train")             # side by side
     sets = context_sets("cartpole_inv")                        # {"train": [{...}, ...], "eval_in": [...], ...}
-    envs = VectorEnv("cartpole_inv", sets["train"], seed=0)    # one instance per context, stepped together
+    envs = VectorEnv("cartpole_inv", sets["train"], seed=0)    # as dmash.py trains: with explicit resets
 
-    gymnasium.make("aib_envs:aib/cartpole_inv-v0", length=0.7, action_factor=-1)   # the same as make(...)
-
-Every environment is a `Task`, written once for N instances side by side; `VectorEnv` and the Gymnasium environment
-(N = 1) are two thin views of it. A task class reads in the same order everywhere: constants, model, measurements,
-reset, observation, reward. The table ENVS at the end declares every environment's contexts and horizon once; `make`,
-`context_sets`, the registry and all checks read it.
+Every environment is a `Task`, written once for N instances side by side; `ContextualEnv` (N = 1), `VectorEnv` and
+`ContextualVectorEnv` are thin views of it. A task class reads in the same order everywhere: constants, model,
+measurements, reset, observation, reward. `register` enters it with its contexts and horizon in the table ENVS, for
+`make`, `context_sets` and all checks. `RandomContext` and `AddContext` wrap an environment for other agents.
 """
 
+import copy
+import dataclasses
 import difflib
+import functools
+import importlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium
 import mujoco
 import numpy as np
+from gymnasium.utils import RecordConstructorArgs
 
 # ---------------------------------------------------------------------------------------------------------------
-# Contexts
+# Values from outside, contexts above all
 # ---------------------------------------------------------------------------------------------------------------
+
+NOT_A_NUMBER = (TypeError, ValueError, OverflowError, RuntimeError)  # text, 10**400, a tensor that has a gradient
+
+
+def shown(value):
+    """`value` in a message of one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def finite(name, value, shape):
+    """`value` as an array of that shape; ValueError if it is not that many finite numbers."""
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except NOT_A_NUMBER:
+        array = np.array(math.nan)
+    if array.shape != shape or not np.isfinite(array).all():
+        raise ValueError(f"{name} {shown(value)}: must be {' x '.join(map(str, shape))} finite numbers")
+    return array
+
+
+def named(what, values):
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} {shown(values)}: must be a dict of values by name")
+    return values
+
+
+def unknown(kind, name, known):
+    """The one-line message for a name that is not in a table, with the closest known one."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"unknown {kind} {str(name)!r}{hint}; known: {', '.join(known)}"
 
 
 class ContextDim(NamedTuple):
@@ -53,7 +89,7 @@ class ContextDim(NamedTuple):
         """Returns `value` as a float; ValueError names it if it is not finite or physically impossible."""
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except NOT_A_NUMBER:
             number = math.nan
         if self.only is not None:
             ok, allowed = number in self.only, " or ".join(f"{v:g}" for v in self.only)
@@ -63,14 +99,14 @@ class ContextDim(NamedTuple):
         else:
             ok, allowed = math.isfinite(number), "a finite number"
         if not ok or isinstance(value, (str, bool)):
-            raise ValueError(f"context {self.name}={value!r}: must be {allowed}")
+            raise ValueError(f"context {self.name}={shown(value)}: must be {allowed}")
         return number
 
 
 MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), positive=True)  # kg
 FRICTION = ContextDim("friction", 1.0, (0.5, 1.5), (0.1, 2.0))  # kg/s
 ACTION_FACTOR = ContextDim("action_factor", 1.0, (-1.0, 1.0))  # multiplies the action: -1 inverts every actuator
-SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))  # 1 exchanges the two actuators
+SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))  # 1 exchanges the first two actuators
 POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), positive=True)  # half the pole, m
 LENGTH_SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), positive=True)  # multiplies limb lengths
 CUP_GRAVITY = ContextDim("gravity", 9.81, (8.0, 12.0), (1.0, 20.0))  # m/s²
@@ -134,7 +170,7 @@ def context_sets(env_id, n=20, seed=0):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class ActuatorInversion(gymnasium.ActionWrapper):
+class ActuatorInversion(gymnasium.ActionWrapper, RecordConstructorArgs):
     """Multiplies each action by `signs`, a scalar or one number per actuator (-1 inverts).
 
     ActuatorInversion(gymnasium.make("Pendulum-v1"), -1). The action space must be symmetric about zero, for what is
@@ -142,39 +178,39 @@ class ActuatorInversion(gymnasium.ActionWrapper):
     """
 
     def __init__(self, env, signs):
-        super().__init__(env)
+        RecordConstructorArgs.__init__(self, signs=signs)
+        gymnasium.ActionWrapper.__init__(self, env)
         space = env.action_space
         self.signs = np.asarray(signs, dtype=np.float64)
         if not isinstance(space, gymnasium.spaces.Box) or not np.array_equal(space.low, -space.high):
-            raise ValueError(f"action space {space}: must be a Box symmetric about zero")
+            raise ValueError(f"action space {shown(space)}: must be a Box symmetric about zero")
         if self.signs.shape not in ((), (1,), space.shape) or not np.isfinite(self.signs).all():
-            raise ValueError(f"signs {signs!r}: must be a finite number, or one for each of {space.shape} actuators")
-
-    @staticmethod
-    def route(action, signs):
-        return action * signs
+            raise ValueError(f"signs {shown(signs)}: must be a finite number, or one for each of {space.shape}")
 
     def action(self, action):
-        return self.route(np.asarray(action), self.signs).astype(self.action_space.dtype)
+        return (np.asarray(action) * self.signs).astype(self.action_space.dtype)
 
 
-class ActuatorPermutation(gymnasium.ActionWrapper):
-    """Sends entry `order[i]` of the action to actuator i. ValueError if `order` is no permutation of the actuators."""
+class ActuatorPermutation(gymnasium.ActionWrapper, RecordConstructorArgs):
+    """Sends entry `order[i]` of the action to actuator i.
+
+    ValueError if `order` is no permutation of the actuators, or exchanges actuators whose bounds differ.
+    """
 
     def __init__(self, env, order):
-        super().__init__(env)
-        self.order = np.asarray(order)
-        size = env.action_space.shape[-1] if env.action_space.shape else 0
-        if sorted(np.ravel(self.order).tolist()) != list(range(size)):
-            raise ValueError(f"order {order!r}: must be a permutation of 0 ... {size - 1}")
-
-    @staticmethod
-    def route(action, order):
-        """action (d_a,) and order (d_a,), or one row of each per instance."""
-        return action[order] if action.ndim == 1 else action[np.arange(len(action))[:, None], order]
+        RecordConstructorArgs.__init__(self, order=order)
+        gymnasium.ActionWrapper.__init__(self, env)
+        space, self.order = env.action_space, np.asarray(order)
+        if not (isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1):
+            raise ValueError(f"action space {shown(space)}: must be a Box of one axis")
+        (size,) = space.shape
+        if self.order.dtype.kind not in "iu" or sorted(self.order.tolist()) != list(range(size)):
+            raise ValueError(f"order {shown(order)}: must be a permutation of 0 ... {size - 1}")
+        if not all(np.array_equal(bound[self.order], bound) for bound in (space.low, space.high)):
+            raise ValueError(f"order {shown(order)}: must leave actuators with other bounds in place, {shown(space)}")
 
     def action(self, action):
-        return self.route(np.asarray(action), self.order)
+        return np.asarray(action)[self.order]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,8 +221,8 @@ class ActuatorPermutation(gymnasium.ActionWrapper):
 class Task:
     """N instances of an environment, one per context, stepped together. Arrays have one row per instance.
 
-    A subclass gives the sizes d_s, d_a, state_size and defines, in this order: its model (`build`), measurements,
-    `initial_state`, `set_state`, `state`, `advance`, `observation`, `reward`, `picture`.
+    A subclass gives the sizes d_s, d_a, state_size and the time of a step, dt (s), and defines, in this order: its
+    model (`build`), measurements, `initial_state`, `set_state`, `state`, `advance`, `observation`, `reward`, `picture`.
     """
 
     def __init__(self, contexts):
@@ -198,14 +234,16 @@ class Task:
         """Makes everything that depends on the contexts, from nominal values."""
         self.c = {name: np.array([context[name] for context in self.contexts]) for name in self.contexts[0]}
         self.signs = self.c["action_factor"][:, None] if "action_factor" in self.c else None
-        self.order = np.where(self.c["swap"][:, None] == 1, [1, 0], [0, 1]) if "swap" in self.c else None
+        order = np.arange(self.d_a)  # a swap exchanges the first two
+        self.order = np.where(self.c["swap"][:, None] == 1, [1, 0, *order[2:]], order) if "swap" in self.c else None
 
-    def set_contexts(self, contexts):
-        """Gives every instance another context and keeps its physical state."""
-        state = self.state()
-        self.contexts = [dict(context) for context in contexts]
-        self.build()
-        self.set_state(state)
+    def with_contexts(self, contexts):
+        """This task in other contexts, still to be given a state. This one stays as it is, also where the other cannot
+        be built (ValueError)."""
+        other = copy.copy(self)
+        other.contexts = [dict(context) for context in contexts]
+        other.build()
+        return other
 
     def snapshot(self):
         """All that the next step depends on, as one array (N, ...): here the physical state."""
@@ -219,13 +257,16 @@ class Task:
         self.set_state(np.stack([self.initial_state(i, rng) for i, rng in enumerate(rngs)]))
 
     def step(self, actions):
-        """One step of actions (N, d_a) in [-1, 1]; then `observation` and `reward` are those of the new state."""
+        """One step of actions (N, d_a); then `observation` and `reward` are those of the new state.
+
+        What an actuator gets, after the context flipped or swapped it, is clipped to [-1, 1] here, in every task.
+        """
         actions = np.asarray(actions, dtype=np.float64)  # whoever calls: float32 powers and products would differ
         if self.signs is not None:
-            actions = ActuatorInversion.route(actions, self.signs)
+            actions = actions * self.signs
         if self.order is not None:
-            actions = ActuatorPermutation.route(actions, self.order)
-        self.advance(actions)
+            actions = actions[np.arange(self.N)[:, None], self.order]
+        self.advance(np.minimum(np.maximum(actions, -1.0), 1.0))  # faster than np.clip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -275,7 +316,7 @@ class DoubleIntegrator(Task):
     """
 
     d_s, d_a, state_size = 4, 2, 4
-    DT = 0.1  # s
+    dt = 0.1  # s
     GOAL_RADIUS = 0.1  # m
 
     def initial_state(self, i, rng):
@@ -289,10 +330,10 @@ class DoubleIntegrator(Task):
         return np.concatenate([self.p, self.v], axis=-1)
 
     def advance(self, actions):
-        force, mass = np.clip(actions, -1, 1), self.c["mass"][:, None]
-        keep = 1 - self.DT * self.c["friction"][:, None] / mass if "friction" in self.c else 1.0
-        self.p = np.clip(self.p + self.DT * self.v, -1, 1)  # first, with the old velocity
-        self.v = np.clip(self.v * keep + self.DT * force / mass, -1, 1)
+        mass = self.c["mass"][:, None]
+        keep = 1 - self.dt * self.c["friction"][:, None] / mass if "friction" in self.c else 1.0
+        self.p = np.clip(self.p + self.dt * self.v, -1, 1)  # first, with the old velocity
+        self.v = np.clip(self.v * keep + self.dt * actions / mass, -1, 1)
 
     observation = state
 
@@ -300,11 +341,8 @@ class DoubleIntegrator(Task):
         return (np.linalg.norm(self.p, axis=-1) <= self.GOAL_RADIUS).astype(float)
 
     def picture(self, i):
-        origin = np.zeros(2)
-        return View(origin, 2.4), [
-            Shape(origin, origin, self.GOAL_RADIUS, GREEN),
-            Shape(self.p[i], self.p[i], 0.05, BLUE),
-        ]
+        goal, p = np.zeros(2), self.p[i]
+        return View(goal, 2.4), [Shape(goal, goal, self.GOAL_RADIUS, GREEN), Shape(p, p, 0.05, BLUE)]
 
 
 class ODE(Task):
@@ -314,7 +352,7 @@ class ODE(Task):
     """
 
     d_s, d_a, state_size = 1, 2, 1
-    DT = 0.01  # s
+    dt = 0.01  # s
     TIERS = ((2.0, 0.05), (0.5, 1 / 4), (0.2, 1 / 3), (0.1, 1 / 2), (0.05, 1.0))  # |x| below, reward
 
     def initial_state(self, i, rng):
@@ -329,7 +367,7 @@ class ODE(Task):
     def advance(self, actions):
         a = actions[:, 0] + 1j * actions[:, 1]
         slope = sum(c * a ** (k + 1) for k, c in enumerate(self.c.values())).real
-        self.x = np.clip(self.x + self.DT * slope, -20.0, 20.0)
+        self.x = np.clip(self.x + self.dt * slope, -20.0, 20.0)
 
     observation = state
 
@@ -340,13 +378,9 @@ class ODE(Task):
         return reward
 
     def picture(self, i):
-        goal, x = self.TIERS[-1][0], np.array([self.x[i], 0.0])
-        ends = np.array([[-20.0, 0.0], [20.0, 0.0]])
-        return View(np.array([np.clip(x[0], -18, 18) * 0.9, 0.0]), 4.0), [
-            Shape(*ends, 0.01, GREY),
-            Shape(np.array([-goal, 0.0]), np.array([goal, 0.0]), 0.04, GREEN),
-            Shape(x, x, 0.06, BLUE),
-        ]
+        x, goal, end = np.array([[self.x[i], 0.0], [self.TIERS[-1][0], 0.0], [20.0, 0.0]])
+        shapes = [Shape(-end, end, 0.01, GREY), Shape(-goal, goal, 0.04, GREEN), Shape(x, x, 0.06, BLUE)]
+        return View(np.clip(x, -18, 18) * 0.9, 4.0), shapes
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -372,13 +406,28 @@ class MujocoTask(Task):
 
     def build(self):
         super().build()
-        self.models = [self.model(context) for context in self.contexts]
+        try:
+            self.models = [self.model(context) for context in self.contexts]
+        except (ValueError, mujoco.FatalError) as error:
+            raise ValueError(f"contexts {shown(self.contexts)}: {' '.join(str(error).split())}") from None
         for model in self.models:  # a simulation that diverges shows it, instead of starting anew unseen
             model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.datas = [mujoco.MjData(model) for model in self.models]
         self.pairs = list(zip(self.models, self.datas))
-        self.ctrls = [data.ctrl for data in self.datas]  # views, made once: looking them up costs more than a copy
+        self.view()
+
+    def view(self):
+        """Makes views into the simulations, once: looking them up costs more than a copy."""
+        self.ctrls = [data.ctrl for data in self.datas]
         self.qposes, self.qvels = [data.qpos for data in self.datas], [data.qvel for data in self.datas]
+
+    def __setstate__(self, state):
+        vars(self).update(state)  # in a copy or out of a pickle, views are cut off from what they are views of
+        self.view()
+
+    @property
+    def dt(self):
+        return self.models[0].opt.timestep * self.SUBSTEPS
 
     def model(self, context):
         return mujoco.MjModel.from_xml_string(self.xml(context))
@@ -484,8 +533,7 @@ class Cartpole(MujocoTask):
               <body name="pole">
                 <joint name="hinge" type="hinge" axis="0 1 0" damping="2e-6"/>
                 <geom type="capsule" fromto="0 0 0 0 0 {2 * context["length"]}" size=".045" mass=".1"/>
-              </body>
-            </body>
+            </body></body>
           </worldbody>
           <actuator><motor joint="slider" gear="10" ctrllimited="true" ctrlrange="-1 1"/></actuator>
         </mujoco>"""
@@ -528,7 +576,10 @@ class Reacher(MujocoTask):
         return f"""
         <mujoco model="reacher">
           <option timestep="0.02"><flag contact="disable"/></option>
-          <default><joint type="hinge" axis="0 0 1" damping="0.01"/></default>
+          <default>
+            <joint type="hinge" axis="0 0 1" damping="0.01"/>
+            <motor gear=".05" ctrllimited="true" ctrlrange="-1 1"/>
+          </default>
           <worldbody>
             <body name="arm" pos="0 0 .01">
               <geom type="capsule" fromto="0 0 0 {0.12 * scale} 0 0" size=".01"/>
@@ -537,13 +588,9 @@ class Reacher(MujocoTask):
                 <geom type="capsule" fromto="0 0 0 {0.1 * scale} 0 0" size=".01"/>
                 <joint name="wrist" limited="true" range="-160 160"/>
                 <body name="finger" pos="{0.12 * scale} 0 0"><geom type="sphere" size=".01"/></body>
-              </body>
-            </body>
+            </body></body>
           </worldbody>
-          <actuator>
-            <motor joint="shoulder" gear=".05" ctrllimited="true" ctrlrange="-1 1"/>
-            <motor joint="wrist" gear=".05" ctrllimited="true" ctrlrange="-1 1"/>
-          </actuator>
+          <actuator><motor joint="shoulder"/><motor joint="wrist"/></actuator>
         </mujoco>"""
 
     def measure(self):
@@ -601,16 +648,14 @@ class BallInCup(MujocoTask):
         <mujoco model="ball in cup">
           <option gravity="0 0 {-context["gravity"]}"/>
           <default>
-            <default class="cup">
-              <joint type="slide" damping="3" stiffness="20"/>
-              <geom type="capsule" size=".008"/>
-            </default>
+            <motor gear="5" ctrllimited="true" ctrlrange="-1 1"/>
+            <joint type="slide"/>
+            <default class="cup"><joint damping="3" stiffness="20"/><geom type="capsule" size=".008"/></default>
           </default>
           <worldbody>
             <geom name="ground" type="plane" size=".6 .2 10"/>
             <body name="cup" pos="0 0 .6" childclass="cup">
-              <joint name="cup_x" axis="1 0 0"/>
-              <joint name="cup_z" axis="0 0 1"/>
+              <joint name="cup_x" axis="1 0 0"/><joint name="cup_z" axis="0 0 1"/>
               <geom fromto="-.05 0 0 -.05 0 -.075"/>
               <geom fromto="-.05 0 -.075 -.025 0 -.1"/>
               <geom fromto="-.025 0 -.1 .025 0 -.1"/>
@@ -619,21 +664,14 @@ class BallInCup(MujocoTask):
               <site name="cup" pos="0 0 -.108" size=".005"/>
             </body>
             <body name="ball" pos="0 0 {0.2 + 0.3 - string}">
-              <joint name="ball_x" type="slide" axis="1 0 0"/>
-              <joint name="ball_z" type="slide" axis="0 0 1"/>
-              <geom type="sphere" size=".025"/>
-              <site name="ball" size=".005"/>
+              <joint name="ball_x" axis="1 0 0"/><joint name="ball_z" axis="0 0 1"/>
+              <geom type="sphere" size=".025"/><site name="ball" size=".005"/>
             </body>
           </worldbody>
           <tendon>
-            <spatial name="string" limited="true" range="0 {string}" width="0.003">
-              <site site="ball"/><site site="cup"/>
-            </spatial>
+            <spatial limited="true" range="0 {string}"><site site="ball"/><site site="cup"/></spatial>
           </tendon>
-          <actuator>
-            <motor joint="cup_x" gear="5" ctrllimited="true" ctrlrange="-1 1"/>
-            <motor joint="cup_z" gear="5" ctrllimited="true" ctrlrange="-1 1"/>
-          </actuator>
+          <actuator><motor joint="cup_x"/><motor joint="cup_z"/></actuator>
         </mujoco>"""
 
     def ball_to_target(self):
@@ -758,16 +796,12 @@ class Walker(MujocoTask):
                 <body name="{side}_foot" pos=".06 0 -.25">
                   <joint name="{side}_ankle" pos="-.06 0 0" range="-45 45"/>
                   <geom zaxis="1 0 0" size=".05 .1"/>
-                </body>
-              </body>
-            </body>"""
+            </body></body></body>"""
 
         gears = {"hip": 100, "knee": 50, "ankle": 20}
-        motors = "".join(
-            f'<motor joint="{side}_{joint}" gear="{gear * context["actuator_strength"]}"/>'
-            for side in ("right", "left")
-            for joint, gear in gears.items()
-        )
+        joints = [(f"{side}_{name}", gear) for side in ("right", "left") for name, gear in gears.items()]
+        strength = context["actuator_strength"]
+        motors = "".join(f'<motor joint="{joint}" gear="{gear * strength}"/>' for joint, gear in joints)
         return f"""
         <mujoco model="walker">
           <option timestep="0.0025" gravity="0 0 {-context["gravity"]}"/>
@@ -814,7 +848,7 @@ class Walker(MujocoTask):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Gymnasium's own locomotion tasks, never terminating
+# Gymnasium: its locomotion tasks, never terminating, and any other environment without terminal states
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -841,7 +875,7 @@ class GymTask(MujocoTask):
     def advance(self, actions):
         before = self.qpos[:, 0]
         super().advance(actions)
-        self.velocity = (self.qpos[:, 0] - before) / (self.models[0].opt.timestep * self.SUBSTEPS)
+        self.velocity = (self.qpos[:, 0] - before) / self.dt
 
     def observation(self):
         return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=-1)
@@ -873,93 +907,198 @@ class HopperGym(GymTask):
         return (0.7 < height) & (-0.2 < angle) & (angle < 0.2) & (others < 100).all(axis=-1)
 
 
+class BadEnvironment(ValueError):
+    """An environment that cannot be trained on."""
+
+
+class GymnasiumTask(Task):
+    """An environment of Gymnasium without terminal states, whose actuators are what is hidden.
+
+    Context: actuator_strength and action_factor, which multiply the action; -1 ... 1 spans the environment's bounds.
+    Its physical state can neither be read nor set. `gymnasium_spec` makes the class for an id.
+    """
+
+    state_size = 0
+
+    def __init__(self, contexts):
+        make = lambda: gymnasium.wrappers.RescaleAction(gymnasium.make(self.gymnasium_id), -1, 1)
+        self.envs = gymnasium.vector.SyncVectorEnv([make] * len(contexts))
+        super().__init__(contexts)
+
+    def reset(self, rngs):
+        self.s, _ = self.envs.reset(seed=[int(rng.integers(2**31)) for rng in rngs])
+
+    def set_state(self, state):
+        pass
+
+    def state(self):
+        return np.zeros((self.N, 0))
+
+    def advance(self, actions):
+        actions = np.clip(actions * self.c["actuator_strength"][:, None], -1, 1)
+        self.s, self.r, terminated, *_ = self.envs.step(actions.astype(np.float32))
+        if terminated.any():
+            raise BadEnvironment(f"gymnasium:{self.gymnasium_id} has terminal states: the method knows none")
+
+    def observation(self):
+        return self.s
+
+    def reward(self):
+        return self.r
+
+    def picture(self, i):
+        raise ValueError(f"gymnasium:{self.gymnasium_id}: no picture here, but by gymnasium.make")
+
+
+@functools.cache
+def gymnasium_spec(gymnasium_id):
+    """The EnvSpec of any environment of Gymnasium; ValueError says why it will not do. One random episode is tried."""
+    env = gymnasium.make(gymnasium_id)
+    horizon, spaces = env.spec.max_episode_steps, (env.observation_space, env.action_space)
+    boxes = all(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    if not (boxes and env.action_space.is_bounded() and horizon):
+        what = "Boxes of one axis as spaces, bounded actions and a horizon (max_episode_steps)"
+        raise BadEnvironment(f"gymnasium:{gymnasium_id}: must have {what}")
+    d_s, d_a = (space.shape[0] for space in spaces)
+    sizes = dict(gymnasium_id=gymnasium_id, d_s=d_s, d_a=d_a, dt=1 / env.metadata.get("render_fps", 30))
+    spec = EnvSpec(type(gymnasium_id, (GymnasiumTask,), sizes), (STRENGTH, ACTION_FACTOR), horizon, NON)
+    rng, task = np.random.default_rng(0), spec.cls([{"actuator_strength": 1.0, "action_factor": 1.0}])
+    task.reset([rng])
+    for _ in range(horizon):
+        task.step(rng.uniform(-1, 1, (1, d_a)))
+    return spec
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The table of environments
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EnvSpec:
-    """One row of the benchmark: the paper's name, the class, context dimensions, steps per episode, whether one
-    context-unaware policy does well in every context (overlapping), and the paper's window and gradient steps."""
+    """One row of the benchmark: the class, context dimensions, steps per episode, whether one context-unaware policy
+    does well in every context (overlapping), the paper's window and gradient steps, and its name there."""
 
-    paper_name: str
     cls: type
     context: tuple[ContextDim, ...]
     horizon: int
     kind: str
-    K: int  # past transitions in a window
-    steps: int  # gradient steps of a run
+    K: int = 24  # past transitions in a window
+    steps: int = 100_000  # gradient steps of a run
+    paper_name: str = "-"
 
 
+ENVS = {}
 NON, WEAK, OVER = "non-overlapping", "weakly non-overlapping", "overlapping"
-ENVS = {
-    "di_inv": EnvSpec("DI", DoubleIntegrator, (MASS, ACTION_FACTOR), 100, NON, 24, 100_000),
-    "di_friction": EnvSpec("DI-Friction", DoubleIntegrator, (MASS, FRICTION), 100, OVER, 24, 100_000),
-    "di_perm": EnvSpec("DI-Perm", DoubleIntegrator, (MASS, SWAP), 100, NON, 24, 100_000),
-    "ode": EnvSpec("ODE", ODE, coefficients(2), 200, WEAK, 24, 100_000),
-    "cartpole_inv": EnvSpec("Cartpole", Cartpole, (POLE_LENGTH, ACTION_FACTOR), 1000, NON, 128, 100_000),
-    "cheetah_inv": EnvSpec("Cheetah", Cheetah, (LENGTH_SCALE, ACTION_FACTOR), 1000, NON, 128, 200_000),
-    "reacher_easy_inv": EnvSpec("Reacher(E)", Reacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, NON, 128, 200_000),
-    "reacher_hard_inv": EnvSpec("Reacher(H)", HardReacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, NON, 128, 200_000),
-    "reacher_hard_perm": EnvSpec("Reacher(H)-Perm", HardReacher, (LENGTH_SCALE, SWAP), 1000, NON, 128, 200_000),
-    "ball_in_cup": EnvSpec("BallInCup", BallInCup, (CUP_GRAVITY, STRING_LENGTH), 1000, OVER, 128, 200_000),
-    "walker": EnvSpec("Walker", Walker, (GRAVITY, STRENGTH), 1000, OVER, 128, 200_000),
-    "walker_gym": EnvSpec("WalkerGym", WalkerGym, (GRAVITY, STRENGTH), 1000, OVER, 128, 500_000),
-    "hopper_gym": EnvSpec("HopperGym", HopperGym, (GRAVITY, STRENGTH), 1000, OVER, 128, 500_000),
-}
-ENVS |= {f"ode_{k}": EnvSpec(f"ODE-{k}", ODE, coefficients(k), 200, WEAK, 24, 100_000) for k in range(1, 21)}
 
 
-def unknown(kind, name, known):
-    """The one-line message for a name that is not in a table, with the closest known one."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"unknown {kind} {str(name)!r}{hint}; known: {', '.join(known)}"
+def register(env_id, cls, context, horizon, kind=NON, **rest):
+    """Adds an environment, a row of EnvSpec: for `make`, for Gymnasium as aib/<env_id>-v0, for dmash.py as
+    --env <module>:<env_id>, module being the one that calls this. ValueError says what is wrong with the class."""
+    default = {dim.name: dim.default for dim in context}
+
+    def require(ok, what):
+        if not ok:
+            raise ValueError(f"environment {env_id!r}: {cls.__name__} {what}")
+
+    for name in ("d_s", "d_a", "state_size"):
+        require(isinstance(getattr(cls, name, None), int), f"must give {name}, a whole number")
+    for name in ("dt", "initial_state", "set_state", "state", "advance", "observation", "reward", "picture"):
+        require(getattr(cls, name, None) is not None, f"has no {name}")
+    require(cls.d_a > 1 or "swap" not in default, "has no two actuators to swap")
+    task = cls([default] * 2)
+    task.reset([np.random.default_rng(0)] * 2)
+    task.step(np.zeros((2, cls.d_a)))
+    for name, size in (("state", (2, cls.state_size)), ("observation", (2, cls.d_s)), ("reward", (2,))):
+        shape = np.shape(getattr(task, name)())
+        require(shape == size, f"gives a {name} of shape {shape} for two instances: must be {size}")
+    ENVS[env_id] = EnvSpec(cls, tuple(context), horizon, kind, **rest)
+    views = dict(entry_point="aib_envs:ContextualEnv", vector_entry_point="aib_envs:ContextualVectorEnv")
+    gymnasium.register(f"aib/{env_id}-v0", **views, max_episode_steps=horizon, kwargs={"env_id": env_id})
+
+
+DMC, GYM = dict(K=128, steps=200_000), dict(K=128, steps=500_000)
+register("di_inv", DoubleIntegrator, (MASS, ACTION_FACTOR), 100, NON, paper_name="DI")
+register("di_friction", DoubleIntegrator, (MASS, FRICTION), 100, OVER, paper_name="DI-Friction")
+register("di_perm", DoubleIntegrator, (MASS, SWAP), 100, NON, paper_name="DI-Perm")
+register("ode", ODE, coefficients(2), 200, WEAK, paper_name="ODE")
+register("cartpole_inv", Cartpole, (POLE_LENGTH, ACTION_FACTOR), 1000, NON, K=128, paper_name="Cartpole")
+register("cheetah_inv", Cheetah, (LENGTH_SCALE, ACTION_FACTOR), 1000, NON, **DMC, paper_name="Cheetah")
+register("reacher_easy_inv", Reacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, NON, **DMC, paper_name="Reacher(E)")
+register("reacher_hard_inv", HardReacher, (LENGTH_SCALE, ACTION_FACTOR), 1000, NON, **DMC, paper_name="Reacher(H)")
+register("reacher_hard_perm", HardReacher, (LENGTH_SCALE, SWAP), 1000, NON, **DMC, paper_name="Reacher(H)-Perm")
+register("ball_in_cup", BallInCup, (CUP_GRAVITY, STRING_LENGTH), 1000, OVER, **DMC, paper_name="BallInCup")
+register("walker", Walker, (GRAVITY, STRENGTH), 1000, OVER, **DMC, paper_name="Walker")
+register("walker_gym", WalkerGym, (GRAVITY, STRENGTH), 1000, OVER, **GYM, paper_name="WalkerGym")
+register("hopper_gym", HopperGym, (GRAVITY, STRENGTH), 1000, OVER, **GYM, paper_name="HopperGym")
+for _k in range(1, 21):
+    register(f"ode_{_k}", ODE, coefficients(_k), 200, WEAK, paper_name=f"ODE-{_k}")
 
 
 def lookup(env_id):
-    """The EnvSpec of `env_id`; ValueError for an unknown id."""
-    if env_id not in ENVS:
-        raise ValueError(unknown("environment", env_id, list(ENVS)))
-    return ENVS[env_id]
+    """The EnvSpec of an id of the table, of "module:id", where importing the module registers the id, or of
+    "gymnasium:id", for an environment of Gymnasium. ValueError, ImportError or Gymnasium's own for an unknown one."""
+    module, _, name = str(env_id).rpartition(":")
+    if module.split(":")[0] == "gymnasium":
+        return gymnasium_spec(str(env_id).removeprefix("gymnasium:"))
+    if module:
+        importlib.import_module(module)
+    if name not in ENVS:
+        raise ValueError(unknown("environment", name, list(ENVS)))
+    return ENVS[name]
 
 
 def full_context(env_id, context):
     """`context` checked, with the defaults of what it does not name, in the order of the table."""
     dims = lookup(env_id).context
-    for name in context:
+    for name in named("context", context):
         if name not in [dim.name for dim in dims]:
             raise ValueError(unknown(f"context of {env_id}", name, [dim.name for dim in dims]))
     return {dim.name: dim.check(context.get(dim.name, dim.default)) for dim in dims}
 
 
+def contexts_of(env_id, contexts, n=20):
+    """A list of contexts, or the set of `n` of that name, checked and in full."""
+    found = context_sets(env_id, n).get(contexts) if isinstance(contexts, str) else contexts
+    if not isinstance(found, (list, tuple)) or not found:
+        raise ValueError(f"contexts {shown(contexts)}: must be a list of at least one, or train, eval_in or eval_out")
+    return [full_context(env_id, context) for context in found]
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# The two views of a task: one Gymnasium environment, and all contexts together
+# The views of a task: one Gymnasium environment, and all contexts together
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def box(size, largest=float(np.finfo(np.float32).max)):
+    return gymnasium.spaces.Box(-largest, largest, (size,), np.float32)
+
+
+def need_reset(env, call):
+    if env.t is None:
+        raise gymnasium.error.ResetNeeded(f"{env.env_id}: call reset() before {call}()")
 
 
 class ContextualEnv(gymnasium.Env):
     """One environment of the benchmark as a Gymnasium environment.
 
     The context is in `info["context"]` and never in the observation. There is no terminal state; an episode is
-    truncated at its horizon. ValueError for an unknown id or context and for values that mean nothing.
+    truncated at `horizon`, which is left to gymnasium.make's TimeLimit where that makes the environment. ValueError
+    for an unknown id or context and for values that mean nothing.
 
     reset(options={"state": array, "target": (x, y), "context": {...}}), each optional: a state to start from (qpos,
     qvel; [p, v]; [x]), the reacher's target, context values to change. `set_context` changes them mid-episode.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    metadata = {"render_modes": ["rgb_array"]}
 
-    def __init__(self, env_id, render_mode=None, **context):
+    def __init__(self, env_id, render_mode=None, horizon=math.inf, **context):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
-        self.env_id, self.render_mode = env_id, render_mode
-        self.task = lookup(env_id).cls([full_context(env_id, context)])
-        self.horizon, self.t = lookup(env_id).horizon, None  # None: not yet reset
-        largest = float(np.finfo(np.float32).max)
-        self.observation_space = gymnasium.spaces.Box(-largest, largest, (self.task.d_s,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (self.task.d_a,), np.float32)
+        self.env_id, self.render_mode, self.horizon = env_id, render_mode, horizon
+        self.task, self.t = lookup(env_id).cls([full_context(env_id, context)]), None  # t None: not yet reset
+        self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
+        self.observation_space, self.action_space = box(self.task.d_s), box(self.task.d_a, 1.0)
 
     @property
     def context(self):
@@ -967,79 +1106,101 @@ class ContextualEnv(gymnasium.Env):
 
     def state(self):
         """The physical state, float64: what reset(options={"state": ...}) takes."""
+        need_reset(self, "state")
         return self.task.state()[0]
 
     def set_context(self, **context):
         """Changes context values now and keeps the physical state."""
-        context = full_context(self.env_id, self.context | context)
-        self.need_reset("set_context")
-        self.task.set_contexts([context])
+        task = self.task.with_contexts([full_context(self.env_id, self.context | context)])
+        need_reset(self, "set_context")
+        task.set_state(self.task.state())
+        self.task = task
 
     def reset(self, *, seed=None, options=None):
-        options = dict(options or {})
-        context = full_context(self.env_id, self.context | dict(options.pop("context", {})))
+        options = dict(named("options", {} if options is None else options))
+        context = full_context(self.env_id, self.context | named("context", options.pop("context", {})))
         sizes = {"state": self.task.state_size, "target": len(np.ravel(getattr(self.task, "target", ())))}
-        given = {name: self.check(name, options.pop(name), size) for name, size in sizes.items() if name in options}
+        given = {name: finite(name, options.pop(name), (n,))[None] for name, n in sizes.items() if name in options}
         if options:
             raise ValueError(unknown("option", next(iter(options)), ["state", "target", "context"]))
+        task = self.task if context == self.context else self.task.with_contexts([context])
         super().reset(seed=seed)
-        if context != self.context:
-            self.task.contexts = [context]
-            self.task.build()
+        self.task = task
         self.task.reset([self.np_random])
         if "target" in given:
-            self.task.target = given["target"]
+            self.task.target = given["target"].copy()
         if given:
             self.task.set_state(given.get("state", self.task.state()))
         self.t = 0
         return self.observation(), {"context": self.context}
 
-    def check(self, name, value, size):
-        """A value from outside as a row of numbers, (1, size); ValueError if it is not that many finite ones."""
-        try:
-            row = np.array([value], dtype=np.float64)
-        except (TypeError, ValueError):
-            row = np.array([])
-        if row.shape != (1, size) or not np.isfinite(row).all():
-            raise ValueError(f"{name} {value!r}: must be {size} finite numbers for {self.env_id}")
-        return row
-
-    def need_reset(self, call):
-        if self.t is None:
-            raise gymnasium.error.ResetNeeded(f"{self.env_id}: call reset() before {call}()")
-
     def observation(self):
         return self.task.observation()[0].astype(np.float32)
 
     def step(self, action):
-        """One step of `action`, (d_a,) in [-1, 1]."""
-        self.need_reset("step")
-        self.task.step(self.check("action", action, self.task.d_a))
+        """One step of `action`, (d_a,); what an actuator gets is clipped to [-1, 1]."""
+        need_reset(self, "step")
+        self.task.step(finite("action", action, (self.task.d_a,))[None])
         self.t += 1
         truncated = self.t >= self.horizon
         return self.observation(), float(self.task.reward()[0]), False, truncated, {"context": self.context}
 
     def render(self):
         """The picture, (256, 256, 3), or None without a render mode."""
+        need_reset(self, "render")
         return draw(*self.task.picture(0)) if self.render_mode else None
 
 
-def make(env_id, **context):
+def make(env_id, **options):
     """The environment `env_id` in the context given by name; what is not named has its default."""
-    return ContextualEnv(env_id, **context)
+    env = ContextualEnv(env_id, **{"horizon": lookup(env_id).horizon} | options)
+    if spec := gymnasium.registry.get(f"aib/{env_id}-v0"):
+        env.spec = dataclasses.replace(spec, max_episode_steps=env.horizon, kwargs={"env_id": env_id} | env.context)
+    return env
 
 
-for _env_id in ENVS:
-    gymnasium.register(f"aib/{_env_id}-v0", entry_point="aib_envs:ContextualEnv", kwargs={"env_id": _env_id})
+class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
+    """Draws a context at each reset, by the environment's generator, from a list or the set of that name."""
+
+    def __init__(self, env, contexts="train"):
+        RecordConstructorArgs.__init__(self, contexts=contexts)
+        gymnasium.Wrapper.__init__(self, env)
+        self.contexts = contexts_of(env.unwrapped.env_id, contexts)
+
+    def reset(self, *, seed=None, options=None):
+        """Values in options["context"] take the place of drawn ones."""
+        if seed is not None:
+            self.env.reset(seed=seed)  # a context and a state of the same seed would be drawn alike
+        context = self.contexts[self.np_random.integers(len(self.contexts))]
+        options = {"context": {}} | named("options", options or {})
+        return self.env.reset(options=options | {"context": context | named("context", options["context"])})
+
+
+class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
+    """Tells the context, (d_c,), in the order of the table: at the end of the observation or, with a `key`, beside it,
+    as {"observation": ..., key: ...}."""
+
+    def __init__(self, env, key=None):
+        RecordConstructorArgs.__init__(self, key=key)
+        gymnasium.ObservationWrapper.__init__(self, env)
+        space, self.key = box(len(env.unwrapped.context)), key
+        if key is None:
+            self.observation_space = box(env.observation_space.shape[0] + space.shape[0])
+        else:
+            self.observation_space = gymnasium.spaces.Dict({"observation": env.observation_space, key: space})
+
+    def observation(self, observation):
+        context = np.float32(list(self.unwrapped.context.values()))
+        return np.append(observation, context) if self.key is None else {"observation": observation, self.key: context}
 
 
 class VectorEnv:
     """One instance per context, reset and stepped together (the horizon is fixed, so they end together)."""
 
     def __init__(self, env_id, contexts, seed):
-        spec = lookup(env_id)
-        self.task = spec.cls([full_context(env_id, context) for context in contexts])
-        self.N, self.d_s, self.d_a, self.horizon = self.task.N, self.task.d_s, self.task.d_a, spec.horizon
+        self.env_id, self.horizon = env_id, lookup(env_id).horizon
+        self.task = lookup(env_id).cls(contexts_of(env_id, contexts))
+        self.N, self.d_s, self.d_a = self.task.N, self.task.d_s, self.task.d_a
         self.c = np.array([list(context.values()) for context in self.task.contexts], dtype=np.float32)  # (N, d_c)
         self.rngs = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(self.N)]
         self.t = None  # not yet reset
@@ -1052,9 +1213,8 @@ class VectorEnv:
 
     def step(self, actions):
         """Actions (N, d_a). Returns observations (N, d_s), rewards (N,) and whether the horizon is reached."""
-        if actions.shape != (self.N, self.d_a) or not np.isfinite(actions).all():
-            raise ValueError(f"actions {actions.tolist()}: must be {self.N} x {self.d_a} finite numbers")
-        self.task.step(actions)
+        need_reset(self, "step")
+        self.task.step(finite("actions", actions, (self.N, self.d_a)))
         self.t += 1
         observation, reward = self.task.observation(), self.task.reward()
         return observation.astype(np.float32), reward.astype(np.float32), self.t >= self.horizon
@@ -1065,11 +1225,57 @@ class VectorEnv:
         return {"t": self.t, "rngs": states, "task": None if self.t is None else self.task.snapshot().tolist()}
 
     def load_state_dict(self, state):
-        self.t = state["t"]
-        if state["t"] is not None:
+        self.t = state["t"] if self.task.state_size else None  # of no size: it could not be kept, a reset is needed
+        if self.t is not None:
             self.task.restore(np.array(state["task"]))
         for rng, rng_state in zip(self.rngs, state["rngs"]):
             rng.bit_generator.state = rng_state
+
+
+class ContextualVectorEnv(gymnasium.vector.VectorEnv):
+    """The VectorEnv of training as a vector environment of Gymnasium, which gymnasium.make_vec makes.
+
+    contexts: a list of `num_envs` contexts, or a set's name; values of the context given by name hold in all of them.
+    All episodes end together; the step after that begins new ones, whatever its actions (autoreset in the next step).
+    infos["context"] has an array (num_envs,) per dimension. A seed starts instance i as seed + i starts a single one.
+    """
+
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
+
+    def __init__(self, env_id, num_envs=1, contexts=None, max_episode_steps=None, **context):
+        contexts = contexts_of(env_id, [{}] * num_envs if contexts is None else contexts, num_envs)
+        if len(contexts) != num_envs:
+            raise ValueError(f"num_envs={num_envs}: must be the number of contexts, here {len(contexts)}")
+        self.envs, self.num_envs = VectorEnv(env_id, [each | context for each in contexts], seed=None), num_envs
+        self.envs.horizon = max_episode_steps or self.envs.horizon
+        self.single_observation_space, self.single_action_space = box(self.envs.d_s), box(self.envs.d_a, 1.0)
+        spaces = self.single_observation_space, self.single_action_space
+        self.observation_space, self.action_space = (gymnasium.vector.utils.batch_space(x, num_envs) for x in spaces)
+
+    def reset(self, *, seed=None, options=None):
+        """`seed`: a number, or one for each instance. Returns observations (num_envs, d_s) and infos."""
+        if options:
+            raise ValueError(f"options {shown(options)}: a vector environment has none")
+        if seed is not None:
+            seeds = seed + np.arange(self.num_envs) if np.ndim(seed) == 0 else seed
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"seed {shown(seed)}: must be a number, or {self.num_envs} of them")
+            self.envs.rngs = [np.random.default_rng(each) for each in seeds]
+        return self.envs.reset(), self.infos()
+
+    def infos(self):
+        """As SyncVectorEnv gives them, with a mask beside each array."""
+        there = np.ones(self.num_envs, dtype=bool)
+        context = {name: values.copy() for name, values in self.envs.task.c.items()}
+        return {"context": context | {f"_{name}": there.copy() for name in context}, "_context": there}
+
+    def step(self, actions):
+        if self.envs.t == self.envs.horizon:
+            observations, rewards, done = self.envs.reset(), np.zeros(self.num_envs), False
+        else:
+            observations, rewards, done = self.envs.step(actions)
+        terminated, truncated = np.zeros(self.num_envs, dtype=bool), np.full(self.num_envs, done)
+        return observations, rewards.astype(np.float64), terminated, truncated, self.infos()
 
 
 def table():

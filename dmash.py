@@ -640,7 +640,7 @@ QUICK |= dict(policy_average=0.005, eval_every=1000)
 class Config:
     """Every setting; the defaults are the paper's, those of `quick()` learn in minutes. Numbers may be text."""
 
-    env: str = option("cartpole_inv", "environment; python aib_envs.py shows all")
+    env: str = option("cartpole_inv", "python aib_envs.py shows all; or module:id of your own, or gymnasium:id")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
     seed: int = option(1, "seed of everything random", "[0, 4294967295]")
     quick: bool = option(
@@ -680,10 +680,14 @@ class Config:
 
     def __post_init__(self):
         """Fills in the defaults of environment and method, and checks; BadInput names the first bad value."""
-        for kind, name, known in (("environment", self.env, aib_envs.ENVS), ("method", self.method, METHODS)):
-            if name not in known:
-                raise BadInput(aib_envs.unknown(kind, name, list(known)))
-        spec, method = aib_envs.ENVS[self.env], METHODS[self.method]
+        try:
+            spec = aib_envs.lookup(self.env)
+        except (ValueError, ImportError, gymnasium.error.Error) as error:
+            ours = isinstance(error, ValueError)  # and names the environment
+            raise BadInput(error if ours else f"--env {self.env}: {one_line(error)}") from None
+        if self.method not in METHODS:
+            raise BadInput(aib_envs.unknown("method", self.method, list(METHODS)))
+        method = METHODS[self.method]
         defaults = {
             "K": spec.K,
             "steps": spec.steps // (10 if self.quick else 1),
@@ -715,7 +719,8 @@ class Config:
 
     @property
     def folder(self):
-        return Path(self.out) / f"{self.env}__{self.method}{'__quick' * self.quick}__s{self.seed}"
+        env = self.env.replace(":", ".").replace("/", ".")
+        return Path(self.out) / f"{env}__{self.method}{'__quick' * self.quick}__s{self.seed}"
 
 
 def quick(**settings):
@@ -739,7 +744,7 @@ def flag(name):
 
 
 def new_agent(cfg):
-    spec = aib_envs.ENVS[cfg.env]
+    spec = aib_envs.lookup(cfg.env)
     return Agent(cfg, spec.cls.d_s, spec.cls.d_a, len(spec.context))
 
 
@@ -797,6 +802,9 @@ class Run:
             if newer := [step for step in steps_in(folder / "metrics.csv") if step > run.evaluated]:
                 print(f"{folder}: rows after this checkpoint, to be made again: {', '.join(map(str, newer))}")
             run.save()  # all that follows from the checkpoint, whatever became of it in between
+            if run.rollout.envs.t is None and not run.rollout.done:
+                print(f"{folder}: a new episode begins, as the state of {run.cfg.env} cannot be saved")
+                run.rollout.done = True
             run.train(f"going on from step {run.step:,} of {run.cfg.steps:,}")
 
     @classmethod
@@ -1126,7 +1134,7 @@ def plot(run):
 
 
 def draw(Figure, run):
-    dims, colours = aib_envs.ENVS[run.cfg.env].context, dict(zip(SETS, ("tab:blue", "tab:green", "tab:red")))
+    dims, colours = aib_envs.lookup(run.cfg.env).context, dict(zip(SETS, ("tab:blue", "tab:green", "tab:red")))
     steps, last = [e["metrics"]["step"] for e in run.history], run.history[-1]["contexts"]
     binary, graded = ([dim for dim in dims if dim.binary == which] for which in (True, False))
     places = {dim.name: ([row[dim.name] for row in last], dim.train) for dim in graded}  # and the train range
@@ -1204,7 +1212,7 @@ def main(argv=None):
     try:
         run_command(vars(build_parser().parse_args(argv)))
         sys.stdout.flush()
-    except BadInput as error:
+    except (BadInput, aib_envs.BadEnvironment) as error:
         message, status = error, 2
     except OSError as error:
         message, status = f"{error.filename or 'output'}: {error.strerror}", 2

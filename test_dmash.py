@@ -1,6 +1,7 @@
 """Tests of dmash.py and aib_envs.py: each compares with something computed another way (an oracle)."""
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import io
@@ -8,6 +9,8 @@ import itertools
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -1617,7 +1620,43 @@ BAD_CALLS = [
         "order [0, 0]: must be a permutation of 0 ... 1",
     ),
     (lambda: aib_envs.make("ode").reset(options={"state": [1, 2]}), "state [1, 2]: must be 1 finite numbers"),
+    (lambda: aib_envs.make("ode").reset(options={"state": [10**400]}), "must be 1 finite numbers"),
+    (lambda: aib_envs.make("walker").reset(options={"state": np.zeros(99)}), "...: must be 18 finite numbers"),
+    (lambda: aib_envs.make("ode").reset(options=5), "options 5: must be a dict of values by name"),
+    (lambda: aib_envs.make("ode").reset(options={"context": None}), "context None: must be a dict of values by name"),
+    (lambda: aib_envs.make([1]), "unknown environment '[1]'; known: di_inv, "),
+    (lambda: aib_envs.make("ode", c0=10**400), "...: must be a finite number"),
+    (
+        lambda: aib_envs.VectorEnv("ode", [], seed=0),
+        "contexts []: must be a list of at least one, or train, eval_in or",
+    ),
+    (lambda: aib_envs.VectorEnv("ode", 5, seed=0), "contexts 5: must be a list of at least one, or train, eval_in or"),
+    (lambda: aib_envs.VectorEnv("ode", [5], seed=0), "context 5: must be a dict of values by name"),
+    (lambda: make_vec("di_inv", 2, contexts=[{}]), "num_envs=2: must be the number of contexts, here 1"),
+    (lambda: make_vec("di_inv", 2).reset(seed=[1]), "seed [1]: must be a number, or 2 of them"),
+    (lambda: make_vec("di_inv", 2).reset(options={"state": 1}), "options {'state': 1}: a vector environment has none"),
+    (
+        lambda: aib_envs.RandomContext(aib_envs.make("ode"), "test"),
+        "contexts 'test': must be a list of at least one, or",
+    ),
+    (lambda: aib_envs.make("gymnasium:CartPole-v1"), "gymnasium:CartPole-v1: must have Boxes of one axis as spaces"),
+    (lambda: aib_envs.make("gymnasium:InvertedPendulum-v5"), "gymnasium:InvertedPendulum-v5 has terminal states"),
+    (lambda: permuted("hopper_gym", [1, 0]), "order [1, 0]: must be a permutation of 0 ... 2"),
+    (lambda: permuted("di_inv", [True, False]), "order [True, False]: must be a permutation of 0 ... 1"),
+    (lambda: permuted("di_inv", [[1, 0]]), "order [[1, 0]]: must be a permutation of 0 ... 1"),
+    (lambda: permuted("di_inv", [1, 0], bounds=[1.0, 2.0]), "order [1, 0]: must leave actuators with other bounds in"),
 ]
+
+
+def make_vec(env_id, num_envs, **options):
+    return gymnasium.make_vec(f"aib_envs:aib/{env_id}-v0", num_envs=num_envs, **options)
+
+
+def permuted(env_id, order, bounds=None):
+    env = aib_envs.make(env_id)
+    if bounds:
+        env = gymnasium.wrappers.RescaleAction(env, -np.float32(bounds), np.float32(bounds))
+    return aib_envs.ActuatorPermutation(env, order)
 
 
 @pytest.mark.parametrize("call, message", BAD_CALLS)
@@ -1628,9 +1667,13 @@ def test_bad_values_name_what_is_allowed(call, message):
 
 
 def test_step_before_reset_is_told():
-    for call in (lambda env: env.step(np.zeros(2)), lambda env: env.set_context(mass=1)):
+    calls = lambda env: env.step(np.zeros(2)), lambda env: env.set_context(mass=1), lambda env: env.state()
+    for call in (*calls, lambda env: env.render()):
         with pytest.raises(gymnasium.error.ResetNeeded, match="call reset"):
             call(aib_envs.make("di_inv"))
+    for envs in (aib_envs.VectorEnv("cartpole_inv", [{}, {}], seed=0), make_vec("cartpole_inv", 2)):
+        with pytest.raises(gymnasium.error.ResetNeeded, match="call reset"):
+            envs.step(np.zeros((2, 1)))
 
 
 @pytest.mark.parametrize("env_id", aib_envs.ENVS)
@@ -1639,10 +1682,423 @@ def test_bad_actions_leave_the_environment_unharmed(env_id):
     env.reset(seed=0), twin.reset(seed=0)
     d_a = env.action_space.shape[0]
     good = np.full(d_a, 0.5)
-    for bad in (np.zeros(d_a + 1), np.full(d_a, np.nan), np.full(d_a, np.inf), "left", None):
-        with pytest.raises(ValueError, match="finite numbers"):
+    graded = torch.zeros(d_a, requires_grad=True)
+    vector = aib_envs.VectorEnv(env_id, [{}], seed=0)
+    vector.reset()
+    for bad in (np.zeros(d_a + 1), np.full(d_a, np.nan), [np.inf] * d_a, "left", None, [object()] * d_a, graded):
+        with pytest.raises(ValueError, match="finite numbers$"):
             env.step(bad)
-    np.testing.assert_array_equal(env.step(good)[0], twin.step(good)[0])
+        with pytest.raises(ValueError, match="finite numbers$"):
+            vector.step([bad])
+    for same in (good.tolist(), torch.tensor(good), np.array(list(good), dtype=object)):
+        np.testing.assert_array_equal(env.step(same)[0], twin.step(good)[0])
+    vector.step([good.tolist()])
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_actions_are_clipped_everywhere(env_id):
+    """An actuator gets at most 1, whatever the agent sends."""
+    wild, context = np.array([50, -3, 0.5, 1.5, -1.01, 7]), aib_envs.context_sets(env_id)["train"][3]
+    env, twin = aib_envs.make(env_id, **context), aib_envs.make(env_id, **context)
+    env.reset(seed=0), twin.reset(seed=0)
+    for _ in range(3):
+        action = wild[: env.task.d_a]
+        s, r, *_ = env.step(action)
+        s2, r2, *_ = twin.step(action.clip(-1, 1))
+        assert np.array_equal(s, s2) and r == r2
+
+
+COPIES = {"copy": copy.deepcopy, "pickle": lambda env: pickle.loads(pickle.dumps(env))}
+
+
+@pytest.mark.parametrize("made", COPIES)
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_copies_go_on_like_the_original(env_id, made):
+    """A copy made before the first reset, after it or in mid-episode: bit for bit, and each by itself."""
+    context = aib_envs.context_sets(env_id)["train"][3]
+    single, vector = aib_envs.make(env_id, **context), aib_envs.VectorEnv(env_id, [context, {}], seed=1)
+    for env, shape in ((single, vector.d_a), (vector, (2, vector.d_a))):
+        actions = np.random.default_rng(0).uniform(-1, 1, (7, *np.atleast_1d(shape)))
+
+        def play(env, begin, end):
+            return [np.hstack([np.ravel(x) for x in env.step(action)[:2]]) for action in actions[begin:end]]
+
+        def restart(env):
+            return np.ravel(env.reset()[0])
+
+        single.np_random = np.random.default_rng(2)
+        copies = [COPIES[made](env)]
+        restart(env)
+        copies.append(COPIES[made](env))
+        seen = play(env, 0, 4)
+        copies.append(COPIES[made](env))
+        seen += [*play(env, 4, 7), restart(env), play(env, 0, 1)[0]]
+        restart(copies[0])
+        for twin, begin in zip(copies, (0, 0, 4)):
+            again = [*play(twin, begin, 7), restart(twin), play(twin, 0, 1)[0]]
+            assert all(np.array_equal(x, y) for x, y in zip(seen[begin:], again, strict=True))
+
+
+@pytest.mark.parametrize("env_id", ["cartpole_inv", "reacher_easy_inv"])
+@pytest.mark.parametrize("length", [1e-9, 1e300])
+def test_a_context_that_cannot_be_built_changes_nothing(env_id, length):
+    env, twin = aib_envs.make(env_id), aib_envs.make(env_id)
+    env.reset(seed=0), twin.reset(seed=0)
+    bad = {"length": length}
+    for call in (
+        lambda: aib_envs.make(env_id, **bad),
+        lambda: env.set_context(**bad),
+        lambda: env.reset(seed=5, options={"context": bad}),
+    ):
+        with pytest.raises(ValueError, match=r"^contexts \[\{'length': .*\}\]: .*$") as error:
+            call()
+        assert "\n" not in str(error.value)
+    assert env.context == twin.context
+    for _ in range(3):
+        np.testing.assert_array_equal(env.step([0.5] * env.task.d_a)[0], twin.step([0.5] * env.task.d_a)[0])
+    np.testing.assert_array_equal(env.reset()[0], twin.reset()[0])
+
+
+# ---- With other people's tools ----
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda: aib_envs.ActuatorInversion(gymnasium.make("Pendulum-v1"), -1),
+        lambda: aib_envs.ActuatorPermutation(gymnasium.make("Pendulum-v1"), [0]),
+        lambda: aib_envs.ActuatorPermutation(aib_envs.make("hopper_gym", gravity=5), [2, 0, 1]),
+        lambda: aib_envs.RandomContext(gymnasium.make("aib/ode-v0"), [{"c1": 2.0}, {"c0": 1.0}]),
+        lambda: aib_envs.AddContext(aib_envs.make("di_inv", mass=1.2)),
+        lambda: aib_envs.AddContext(aib_envs.RandomContext(aib_envs.make("cartpole_inv"), "eval_in"), key="c"),
+    ],
+)
+def test_wrappers_are_rebuilt_from_their_spec(wrapped):
+    env = wrapped()
+    again = gymnasium.make(env.spec)
+    assert env.observation_space == again.observation_space and env.action_space == again.action_space
+    for space in (env.action_space, again.action_space):
+        space.seed(0)
+    for seed in (3, None, None):
+        pairs = [env.reset(seed=seed), again.reset(seed=seed)]
+        pairs += [x.step(x.action_space.sample())[:2] for x in (env, again)]
+        for x, y in (pairs[:2], pairs[2:]):
+            assert gymnasium.utils.env_checker.data_equivalence(x, y, exact=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "(?s).*(different from the unwrapped|symmetric and normalized)")
+        check_env(again, skip_render_check=True)
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_the_horizon_is_gymnasium_s(env_id):
+    name, horizon = f"aib/{env_id}-v0", aib_envs.ENVS[env_id].horizon
+    assert gymnasium.spec(name).max_episode_steps == horizon
+    for env in (gymnasium.make(name), aib_envs.make(env_id)):
+        timed = gymnasium.wrappers.TimeAwareObservation(env, normalize_time=False, flatten=False)
+        assert timed.observation_space["time"].high == horizon
+    env = gymnasium.make(name, max_episode_steps=horizon + 5)
+    env.reset(seed=0)
+    action = np.zeros(env.action_space.shape, np.float32)
+    truncated = [env.step(action)[3] for _ in range(horizon + 5)]
+    assert truncated == [False] * (horizon + 4) + [True]  # by one clock, the one that was asked for
+    assert not env.unwrapped.step(action)[3]
+    short = aib_envs.make(env_id, horizon=2)
+    short.reset(seed=0)
+    assert [short.step(action)[3] for _ in range(2)] == [False, True] and short.spec.max_episode_steps == 2
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_pictures_in_a_film_run_in_real_time(env_id):
+    env = gymnasium.make(f"aib/{env_id}-v0", render_mode="rgb_array")
+    env.reset(seed=0)
+    task, action = env.unwrapped.task, np.zeros(env.action_space.shape, np.float32)
+    before = task.datas[0].time if isinstance(task, aib_envs.MujocoTask) else 0
+    env.step(action)
+    seconds = task.datas[0].time - before if isinstance(task, aib_envs.MujocoTask) else [0.01, 0.1]["di" in env_id]
+    assert env.metadata["render_fps"] == pytest.approx(1 / seconds)
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_make_vec_equals_sync_vector_env(env_id):
+    """Also the infos, and the episode that begins by itself; rewards to float32, as in training."""
+    contexts = aib_envs.context_sets(env_id, 3)["eval_out"]
+    ours = make_vec(env_id, 3, contexts=contexts, max_episode_steps=4)
+    singles = [
+        lambda context=context: gymnasium.make(f"aib/{env_id}-v0", max_episode_steps=4, **context)
+        for context in contexts
+    ]
+    sync = gymnasium.vector.SyncVectorEnv(singles)
+    assert isinstance(ours, gymnasium.vector.VectorEnv) and ours.num_envs == 3
+    assert ours.metadata["autoreset_mode"] is sync.metadata["autoreset_mode"]
+    for name in ("observation_space", "action_space", "single_observation_space", "single_action_space"):
+        assert getattr(ours, name) == getattr(sync, name)
+    sync.action_space.seed(0)
+    for seed in (5, [7, 1, 7]):
+        same = gymnasium.utils.env_checker.data_equivalence
+        assert same(ours.reset(seed=seed), sync.reset(seed=seed), exact=True)
+        for _ in range(11):
+            actions = sync.action_space.sample()
+            (s, r, *rest), (s2, r2, *rest2) = ours.step(actions), sync.step(actions)
+            assert same((s, *rest), (s2, *rest2), exact=True)
+            assert r.dtype == r2.dtype == np.float64 and np.array_equal(np.float32(r), np.float32(r2))
+    ours.close(), sync.close()
+    assert ours.closed
+
+
+def test_make_vec_by_the_name_of_a_set_or_values():
+    envs = make_vec("cartpole_inv", 20, contexts="train")
+    assert envs.envs.task.contexts == aib_envs.context_sets("cartpole_inv")["train"] and envs.envs.horizon == 1000
+    _, infos = envs.reset(seed=0)
+    np.testing.assert_array_equal(np.float32(infos["context"]["length"]), envs.envs.c[:, 0])
+    infos["context"]["length"][:] = 0
+    assert envs.step(envs.action_space.sample())[4]["context"]["length"].all()
+    assert make_vec("di_inv", 2, mass=0.6).envs.task.contexts == [{"mass": 0.6, "action_factor": 1.0}] * 2
+
+
+def test_vector_wrappers_work():
+    vector, sums = gymnasium.wrappers.vector, np.zeros(3)
+    envs = vector.RecordEpisodeStatistics(make_vec("cartpole_inv", 3, contexts="train", max_episode_steps=5))
+    envs = vector.NormalizeObservation(envs)
+    envs.reset(seed=0)
+    for t in range(1, 13):
+        s, r, _, truncated, infos = envs.step(envs.action_space.sample())
+        sums = sums * (t != 6) + r
+        assert truncated.all() == (t in (5, 11)) and (t not in (5, 11) or np.allclose(infos["episode"]["r"], sums))
+    assert np.abs(s.mean()) < 3 and infos["context"]["length"].shape == (3,)
+
+
+def test_vector_steps_are_much_faster_than_gymnasium_s():
+    """In processor time, the best of some tries: about three times, with room for a busy machine."""
+    contexts = aib_envs.context_sets("cartpole_inv")["train"]
+    ours = make_vec("cartpole_inv", 20, contexts=contexts)
+    sync = gymnasium.vector.SyncVectorEnv([lambda c=c: gymnasium.make("aib/cartpole_inv-v0", **c) for c in contexts])
+    actions, best = np.zeros((20, 1), np.float32), {}
+    for envs in (ours, sync) * 5:
+        envs.reset(seed=0)
+        begin = time.process_time()
+        for _ in range(40):
+            envs.step(actions)
+        best[envs] = min(best.get(envs, math.inf), time.process_time() - begin)
+    assert best[sync] > 2 * best[ours]
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_random_contexts_and_contexts_that_are_told(env_id):
+    sets = aib_envs.context_sets(env_id)
+    told = aib_envs.AddContext(aib_envs.RandomContext(gymnasium.make(f"aib/{env_id}-v0"), "eval_out"))
+    keyed = aib_envs.RandomContext(aib_envs.AddContext(aib_envs.make(env_id), key="context"), sets["eval_out"])
+    drawn = []
+    for seed in (3, *[None] * 7):
+        (s, info), (s2, info2) = told.reset(seed=seed), keyed.reset(seed=seed)
+        assert info == info2 and info["context"] in sets["eval_out"]
+        drawn.append(tuple(info["context"].values()))
+        action = np.zeros(told.action_space.shape, np.float32)
+        for x, y in ((s, s2), (told.step(action)[0], keyed.step(action)[0])):
+            np.testing.assert_array_equal(x, np.float32([*y["observation"], *drawn[-1]]))
+            assert x in told.observation_space and y in keyed.observation_space
+            np.testing.assert_array_equal(y["context"], np.float32(drawn[-1]))
+    assert len(set(drawn)) > 4 and tuple(told.reset(seed=3)[1]["context"].values()) == drawn[0]
+    fixed = sets["train"][0]
+    assert told.reset(options={"context": fixed})[1]["context"] == fixed
+
+
+def test_a_random_context_and_state_are_independent():
+    """Of one seed each: the starts in the first half of the contexts spread like those in the second."""
+    env = aib_envs.RandomContext(aib_envs.make("ode"), "train")
+    first = np.array([(env.reset(seed=seed)[0][0], env.unwrapped.context["c0"]) for seed in range(400)])
+    assert abs(np.corrcoef(first.T)[0, 1]) < 0.15
+    assert len(set(first[:, 1])) > 15
+
+
+class Slider(aib_envs.Task):
+    """What somebody might add: a mass on a rail, to be held at 0, with a hidden gain."""
+
+    d_s, d_a, state_size, dt = 2, 1, 2, 0.05
+
+    def initial_state(self, i, rng):
+        return rng.uniform(-1, 1, 2)
+
+    def set_state(self, state):
+        self.x = state.copy()
+
+    def state(self):
+        return self.x.copy()
+
+    def advance(self, actions):
+        self.x[:, 1] += self.dt * self.c["gain"] * actions[:, 0]
+        self.x[:, 0] += self.dt * self.x[:, 1]
+
+    observation = state
+
+    def reward(self):
+        return np.exp(-(self.x[:, 0] ** 2))
+
+    def picture(self, i):
+        place = np.array([self.x[i, 0], 0])
+        return aib_envs.View(np.zeros(2), 4.0), [aib_envs.Shape(place, place, 0.1, aib_envs.BLUE)]
+
+
+GAIN = aib_envs.ContextDim("gain", 1.0, (0.5, 1.5), (0.1, 2.0))
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(aib_envs, "ENVS", dict(aib_envs.ENVS))
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", gymnasium.envs.registration.registry.copy())
+
+
+def test_register_an_environment_of_one_s_own(registered):
+    aib_envs.register("slider", Slider, [GAIN, aib_envs.ACTION_FACTOR], 50, "non-overlapping", K=10, steps=500)
+    spec = aib_envs.ENVS["slider"]
+    assert (spec.K, spec.steps, spec.horizon, spec.kind) == (10, 500, 50, "non-overlapping")
+    assert "slider" in aib_envs.table().splitlines()[-1]
+    sets = aib_envs.context_sets("slider")
+    assert len({tuple(context.values()) for contexts in sets.values() for context in contexts}) == 60
+    env = gymnasium.make("aib/slider-v0", render_mode="rgb_array", gain=0.7)
+    check_env(env.unwrapped)
+    assert env.reset(seed=0)[1]["context"] == {"gain": 0.7, "action_factor": 1.0} and env.render().std() > 0
+    assert env.metadata["render_fps"] == 20 and env.spec.max_episode_steps == 50
+    assert make_vec("slider", 20, contexts="eval_in").reset(seed=0)[0].shape == (20, 2)
+
+
+WRONG_CLASSES = [
+    ({"d_s": None}, "must give d_s, a whole number"),
+    ({"state_size": 2.5}, "must give state_size, a whole number"),
+    ({"d_s": 3}, "gives a observation of shape (2, 2) for two instances: must be (2, 3)"),
+    ({"reward": lambda self: self.x}, "gives a reward of shape (2, 2) for two instances: must be (2,)"),
+    ({"reward": lambda self: 1.0}, "gives a reward of shape () for two instances: must be (2,)"),
+    *(({name: None}, f"has no {name}") for name in ("picture", "dt", "initial_state", "reward")),
+    ({"context": [GAIN, aib_envs.SWAP]}, "has no two actuators to swap"),
+]
+
+
+@pytest.mark.parametrize("changes, message", WRONG_CLASSES)
+def test_register_says_what_is_wrong_with_a_class(changes, message, registered):
+    before, changes = dict(aib_envs.ENVS), dict(changes)
+    context = changes.pop("context", [GAIN])
+    with pytest.raises(ValueError) as error:
+        aib_envs.register("slider", type("Slider", (Slider,), changes), context, 50)
+    assert str(error.value) == f"environment 'slider': Slider {message}" and aib_envs.ENVS == before
+
+
+def test_a_swap_leaves_further_actuators_alone(registered):
+    seen = []
+    parts = dict(d_a=3, advance=lambda self, actions: seen.extend(actions.tolist()))
+    aib_envs.register("three", type("Three", (Slider,), parts), [GAIN, aib_envs.SWAP], 50)
+    seen.clear()
+    envs = aib_envs.VectorEnv("three", [{"swap": 1}, {}], seed=0)
+    envs.reset()
+    envs.step([[0.1, 0.2, 0.3]] * 2)
+    assert seen == [[0.2, 0.1, 0.3], [0.1, 0.2, 0.3]]
+
+
+MY_MODULE = """import test_dmash, aib_envs
+aib_envs.register("slider", test_dmash.Slider, [test_dmash.GAIN], 50, K=10, steps=500)
+"""
+
+
+def test_an_environment_of_a_module_trains(registered, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_module.py").write_text(MY_MODULE)
+    arguments = small_arguments(tmp_path, env="di_inv", steps=3, eval_every=3)
+    arguments[arguments.index("di_inv")] = "my_module:slider"
+    assert dmash.main(arguments) == 2 and "No module named 'my_module'" in capsys.readouterr().err
+    monkeypatch.syspath_prepend(tmp_path)
+    assert dmash.main(arguments) == 0
+    folder = tmp_path / "my_module.slider__dma_star_sh__s1"
+    assert list(read(folder / "per_context.csv")[0])[3] == "gain"
+    arguments[arguments.index("my_module:slider")] = "my_module:slidr"
+    assert dmash.main(arguments) == 2
+    assert "unknown environment 'slidr' (did you mean slider?)" in capsys.readouterr().err
+    del aib_envs.ENVS["slider"], sys.modules["my_module"], gymnasium.envs.registration.registry["aib/slider-v0"]
+    assert dmash.main(["--eval", str(folder), "--rollouts", "1"]) == 0  # imports it by itself
+    assert capsys.readouterr().out.startswith("my_module:slider, dma_star_sh")
+
+
+def test_any_environment_of_gymnasium_has_hidden_actuators():
+    env_id, contexts = "gymnasium:Pendulum-v1", [{}, {"actuator_strength": 0.5}, {"action_factor": -1}]
+    envs, plain = aib_envs.VectorEnv(env_id, contexts, seed=0), gymnasium.make("Pendulum-v1")
+    spec, starts = (
+        aib_envs.lookup(env_id),
+        [np.random.default_rng(child) for child in np.random.SeedSequence(0).spawn(3)],
+    )
+    assert (spec.K, spec.steps, spec.horizon) == (24, 100_000, 200)
+    sets = aib_envs.context_sets(env_id)
+    assert len({tuple(context.values()) for contexts in sets.values() for context in contexts}) == 60
+    s = envs.reset()
+    seen = [envs.step(np.full((3, 1), action)) for action in (0.6, -0.8, 2.0)]
+    assert not np.array_equal(envs.reset(), s) and seen[0][0].dtype == np.float32
+    for i, factor in enumerate((1, 0.5, -1)):
+        np.testing.assert_array_equal(plain.reset(seed=int(starts[i].integers(2**31)))[0], s[i])
+        for (s2, r, _), action in zip(seen, (0.6, -0.8, 1.0)):
+            ours, reward, *_ = plain.step(np.float32([2 * factor * action]))
+            np.testing.assert_allclose(s2[i], ours, rtol=1e-5, atol=1e-6)
+            assert r[i] == pytest.approx(reward, rel=1e-5)
+    env = aib_envs.make(env_id, actuator_strength=0.5)
+    np.testing.assert_array_equal(env.reset(seed=1)[0], aib_envs.make(env_id).reset(seed=1)[0])
+    env.set_context(action_factor=-1)
+    assert env.step([0.3])[4]["context"] == {"actuator_strength": 0.5, "action_factor": -1.0}
+
+
+def test_an_environment_of_gymnasium_trains_and_resumes(tmp_path, monkeypatch, capsys):
+    arguments = dict(env="gymnasium:Pendulum-v1", K=4, contexts=2, batch=4, random_steps=5, steps=6, eval_every=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(dmash, "catch_signals", stopping_after(5 + 3))
+        assert dmash.main(small_arguments(tmp_path, **arguments)) == 0
+    folder = tmp_path / "gymnasium.Pendulum-v1__dma_star_sh__s1"
+    capsys.readouterr()
+    assert dmash.main(["--resume", str(folder)]) == 0
+    new = f"{folder}: a new episode begins, as the state of gymnasium:Pendulum-v1 cannot be saved"
+    assert capsys.readouterr().out.splitlines()[0] == new and len(read(folder / "metrics.csv")) == 1
+    assert dmash.load(folder / "checkpoint.pt")["rollout"]["replay"]["t"] == 4 + 5 + 3 + 4 + 3  # with its warm-up
+
+
+def test_terminal_states_met_later_stop_a_run_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(aib_envs.GymnasiumTask, "advance", lambda self, actions: terminate(self))
+    arguments = small_arguments(tmp_path, env="gymnasium:Pendulum-v1")
+    assert dmash.main(arguments) == 2
+    assert capsys.readouterr().err == "dmash.py: error: gymnasium:Pendulum-v1 has terminal states\n"
+
+
+def terminate(task):
+    raise aib_envs.BadEnvironment(f"gymnasium:{task.gymnasium_id} has terminal states")
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_stable_baselines3_trains(told):
+    """The example of the README, with fewer steps."""
+    sb3 = pytest.importorskip("stable_baselines3", reason="Stable-Baselines3 is not installed")
+    env = aib_envs.RandomContext(aib_envs.make("cartpole_inv"))
+    env = aib_envs.AddContext(env) if told else env
+    model = sb3.SAC("MlpPolicy", env, learning_starts=20, batch_size=8, seed=0).learn(30)
+    assert model.num_timesteps == 30 and env.observation_space.contains(model.get_env().reset()[0])
+    assert np.isfinite(model.predict(env.reset()[0])[0]).all()
+
+
+def test_installing_takes_two_modules_and_no_torch():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["py-modules"] == ["aib_envs", "dmash"]
+    needed = project["project"]["dependencies"]
+    assert sorted(re.split("[<>=]", text)[0] for text in needed) == ["gymnasium", "mujoco", "numpy"]
+    assert [text.startswith("torch>=") for text in project["project"]["optional-dependencies"]["train"]] == [True]
+    for package, version in (("gymnasium", gymnasium.__version__), ("torch", torch.__version__.split("+")[0])):
+        assert f"{package}=={version}\n" in (HERE / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize("minor", [10, 11, 12, 13])
+def test_both_files_compile(minor, tmp_path):
+    found = [
+        Path(folder) / f"python3.{minor}"
+        for folder in (*os.get_exec_path(), *map(str, Path.home().glob(f".pyenv/versions/3.{minor}.*/bin")))
+    ]
+    pythons = [python for python in found if python.exists() and "shims" not in python.parts]
+    if not pythons:
+        pytest.skip(f"there is no Python 3.{minor} here")
+    for file in ("dmash.py", "aib_envs.py"):
+        code = f"compile(open({str(HERE / file)!r}, encoding='utf-8').read(), {file!r}, 'exec')"
+        assert subprocess.run([pythons[0], "-c", code], capture_output=True).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
