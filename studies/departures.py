@@ -55,7 +55,7 @@ class TerminalReplay(dmash.Replay):
 class TerminalRollout(dmash.Rollout):
     def __init__(self, agent, envs, **options):
         super().__init__(agent, envs, **options)
-        self.replay.period = agent.cfg.K + aib_envs.ENVS[agent.cfg.env].horizon  # every episode with its warm-up
+        self.replay.period = agent.cfg.K + aib_envs.lookup(agent.cfg.env).horizon  # every episode with its warm-up
 
 
 def terminal_critic_loss(pi, Q, Q_target, alpha, told, batch, gamma, plain=dmash.critic_loss):
