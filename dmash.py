@@ -654,26 +654,23 @@ class Config:
     eval_rollouts: int = option(1, "episodes per context at evaluations on the way", "[1, 1000]")
     rollouts: int = option(10, "episodes per context at the last evaluation and with --eval", "[1, 1000]")
     contexts: int = option(20, "contexts in each of the sets train, eval_in and eval_out", "[1, 1000]")
-    # window and encoder
     K: int = option(None, "past transitions in a window (default: by environment)", "[1, 1e6]")
-    subsample: float = option(0.2, "share of the window that the encoder reads", "(0, 1]")
+    subsample: float = option(0.2, "L / K, the share of the window that the encoder reads", "(0, 1]")
     mask: float = option(None, "probability of masking each input vector of the encoder (default: by method)", "[0, 1]")
-    encoder_hidden: int = option(32, "width of the encoder's LSTM", "[1, 10000]")
+    encoder_hidden: int = option(32, "width of the LSTM of the encoder g_φ", "[1, 10000]")
     d_z: int = option(8, "size of the context code z", "[1, 10000]")
-    # hypernetwork, adapter and the networks that carry it
-    hyper_hidden: int = option(64, "width of the hypernetwork's two hidden layers", "[1, 10000]")
-    bottleneck: int = option(32, "width of the adapter", "[1, 10000]")
+    hyper_hidden: int = option(64, "width of the two hidden layers of the hypernetwork h_η", "[1, 10000]")
+    bottleneck: int = option(32, "width of the adapter g_adapter(x; ω)", "[1, 10000]")
     bfloat16: bool = option(False, "compute ω in bfloat16: faster on a CPU that has AVX512-BF16")
-    hidden: int = option(256, "width of the dynamics model, the policy and the critics", "[1, 10000]")
-    # SAC
-    gamma: float = option(0.99, "discount factor", "[0, 1]")
-    polyak: float = option(0.005, "rate of the target critics' moving average", "(0, 1]")
+    hidden: int = option(256, "width of the dynamics model f_θ, the policy π_ξ and the critics Q_ζ", "[1, 10000]")
+    gamma: float = option(0.99, "γ, discount factor", "[0, 1]")
+    polyak: float = option(0.005, "ρ, rate of the target critics' moving average", "(0, 1]")
     batch: int = option(256, "transitions in a batch, rounded down to a multiple of --contexts", "[1, 1e6]")
-    dynamics_lr: float = option(3e-4, "learning rate of encoder, hypernetwork and dynamics model", "(0, 1]")
-    critic_lr: float = option(1e-3, "learning rate of the critics", "(0, 1]")
-    actor_lr: float = option(3e-4, "learning rate of the policy", "(0, 1]")
-    alpha_lr: float = option(1e-3, "learning rate of the temperature", "(0, 1]")
-    alpha: float = option(1.0, "temperature at the start", "(0, 100]")
+    dynamics_lr: float = option(3e-4, "α₃, learning rate of encoder, hypernetwork and dynamics model", "(0, 1]")
+    critic_lr: float = option(1e-3, "α₂, learning rate of the critics", "(0, 1]")
+    actor_lr: float = option(3e-4, "α₁, learning rate of the policy", "(0, 1]")
+    alpha_lr: float = option(1e-3, "learning rate of the temperature α", "(0, 1]")
+    alpha: float = option(1.0, "α, temperature, at the start", "(0, 100]")
     policy_average: float = option(0.0, "rate of a moving average of the policy, to evaluate by; 0: none", "[0, 1]")
     buffer: int = option(100_000, "replay capacity per context, in transitions", "[1, 1e9]")
     random_steps: int = option(5000, "steps of uniformly random actions before the first gradient step", "[0, 1e9]")
@@ -1172,6 +1169,14 @@ def draw(Figure, run):
 ALLOWED_WITH = {"eval": ("rollouts", "threads", "device"), "resume": ("steps",), "list_methods": ()}
 
 
+HEADINGS = {  # of --help, each before the setting it begins with
+    "env": "run",
+    "K": "window and encoder",
+    "hyper_hidden": "hypernetwork, adapter and the networks that carry it",
+    "gamma": "SAC",
+}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message)
@@ -1186,12 +1191,14 @@ def build_parser():
     parser.add_argument("--per-context", action="store_true", help="with --eval: print the return of every context")
     parser.add_argument("--go-on", action="store_true", help="start the run, or go on with it if its folder is there")
     for f in fields(Config):
+        if f.name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[f.name])
         about = [f"default: {f.default}"] * (f.default is not None)
         about += [f"allowed: {f.metadata['allowed']}"] * (f.metadata["allowed"] is not None)
         text = f.metadata["help"] + (f" ({'; '.join(about)})" if about else "")
         kind = {"action": "store_true"} if f.type is bool else {"metavar": f.type.__name__.upper()}
         # without a default, what was given can be told from what was not
-        parser.add_argument(flag(f.name), **kind, default=argparse.SUPPRESS, help=text)
+        group.add_argument(flag(f.name), **kind, default=argparse.SUPPRESS, help=text)
     return parser
 
 

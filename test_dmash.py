@@ -2910,6 +2910,9 @@ def test_help_names_every_setting():
     done = command("--help")
     assert done.returncode == 0
     assert all(dmash.flag(name) in done.stdout for name in dmash.Config.__dataclass_fields__)
+    places = [done.stdout.index(f"\n{heading}:\n") for heading in dmash.HEADINGS.values()]
+    assert places == sorted(places) and set(dmash.HEADINGS) <= set(dmash.Config.__dataclass_fields__)
+    assert all(symbol in done.stdout[places[-1] :] for symbol in ("γ", "ρ", "α₁", "α₂", "α₃", "α, temperature"))
 
 
 BAD_COMMANDS = [
