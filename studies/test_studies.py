@@ -1,15 +1,24 @@
 """Tests of the studies: short, and on small settings."""
 
+import csv
+import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import aer
 import benchmark
+import compare
 import departures
+import numpy as np
 import pytest
 import torch
 
+import aib_envs
 import dmash
 
 HERE = Path(__file__).resolve().parent
@@ -238,3 +247,522 @@ def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(name, tmp_path, c
 def test_departures_refuse_other_methods(capsys):
     assert departures.main(["--method", "dr"]) == 2
     assert "allowed: --method included, terminal, fresh, apart" in capsys.readouterr().err
+
+
+# ---- compare.py plan --------------------------------------------------------------------------------------------
+
+
+def said_by_compare(arguments, capsys, status=0):
+    """What `compare.py` prints; in one line if it refuses."""
+    assert compare.main([str(word) for word in arguments]) == status
+    said = capsys.readouterr()
+    if status:
+        assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("compare.py: error: "), said
+    return said.err if status else said.out
+
+
+def planned(text, capsys):
+    """The words behind `python dmash.py` of each line."""
+    lines = [shlex.split(line) for line in said_by_compare(["plan", *shlex.split(text)], capsys).splitlines()]
+    assert all(words[:2] == ["python", "dmash.py"] and words[-1] == "--go-on" for words in lines)
+    return [words[2:-1] for words in lines]
+
+
+def test_plan_has_a_line_for_each_run_seeds_outermost(capsys):
+    lines = planned("--envs di_inv ode --methods dr concat --seeds 11-12 7 12", capsys)
+    seen = [
+        tuple(vars(dmash.build_parser().parse_args(words))[name] for name in ("seed", "env", "method"))
+        for words in lines
+    ]
+    expected = [
+        (seed, env, method) for seed in "11 12 7".split() for env in ("di_inv", "ode") for method in ("dr", "concat")
+    ]
+    assert seen == expected
+
+
+def test_settings_come_through_plan_as_dmash_reads_them(capsys):
+    text = "--quick --steps 1e4 --threads 1 --out 'my \"runs\" $HOME' --alpha-lr .002"
+    (words,) = planned(f"--envs cartpole_inv --methods dma_star_sh --seeds 3 {text}", capsys)
+    settings = {k: v for k, v in vars(dmash.build_parser().parse_args(words)).items() if v not in (None, False)}
+    assert settings.pop("quick")
+    there = dict(env="cartpole_inv", seed=3, steps=10_000, threads=1, out='my "runs" $HOME', alpha_lr=0.002)
+    assert dmash.quick(**settings) == dmash.quick(**there)
+
+
+def test_plan_is_worked_through_by_xargs_and_line_by_line(tmp_path, capsys):
+    """As the docstring of compare.py says, with a `python` that only tells what it was given."""
+    fake, plan = tmp_path / "python", "plan --envs di_inv --methods dr --seeds 1-2".split()
+    fake.write_text('#!/bin/sh\nline=$(printf "<%s>" "$@")\necho "$line"\n')  # in one piece, as two write at once
+    fake.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
+
+    def told(pipe, *given):
+        lines = said_by_compare([*plan, *given], capsys)
+        (tmp_path / "plan.txt").write_text(lines)
+        shell = dict(shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+        return sorted(subprocess.run(pipe, input=lines, **shell).stdout.splitlines())
+
+    lines = [f"<dmash.py><--env><di_inv><--method><dr><--seed><{seed}>" for seed in (1, 2)]
+    assert told("xargs -P 2 -I{} sh -c '{}'", "--quick") == [f"{line}<--quick><--go-on>" for line in lines]
+    odd = [f"{line}<--out><a b's $HOME><--go-on>" for line in lines]
+    assert told("tr '\\n' '\\0' | xargs -0 -P 2 -I{} sh -c '{}'", "--out", "a b's $HOME") == odd
+    assert told('sed -n "${SLURM_ARRAY_TASK_ID}p" plan.txt | sh', "--out", "a b's $HOME") == odd[1:]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            "--envs cartpole --methods dr --seeds 1",
+            "unknown environment 'cartpole' (did you mean cartpole_inv?); known:",
+        ),
+        ("--envs ode --methods drr --seeds 1", "unknown method 'drr' (did you mean dr?); known:"),
+        (
+            "--envs ode --methods dr --seeds 15-11",
+            "--seeds 15-11: must be seeds such as 1 2 3, or ranges such as 11-15",
+        ),
+        ("--envs ode --methods dr --seeds 1,2", "--seeds 1,2: must be seeds"),
+        ("--envs ode --methods dr --seeds 1-4000000000", "--seeds 1-4000000000: must be"),
+        ("--envs ode --methods dr --seeds 4294967296", "--seed 4294967296: must be a whole number in [0, 4294967295]"),
+        ("--envs ode --methods dr --seeds 1 --steps many", "--steps many: must be a whole number in [1, 1e9]"),
+        ("--envs ode --methods dr concat --seeds 1 --mask .3", "--mask 0.3: dr has no encoder"),
+        ("--envs ode --methods dr --seeds 1 --stepss 3", "unrecognized arguments: --stepss 3"),
+        ("--envs ode --methods dr --seeds 1 --seed 3", "--seed: not here; allowed:"),
+        ("--envs ode --methods dr --seeds 1 --resume x", "--resume: not here; allowed:"),
+        ("--envs ode --methods dr --seeds 1 --out 'a\nb'", "must be one line"),
+        ("--envs ode --seeds 1", "the following arguments are required: --methods"),
+    ],
+)
+def test_bad_plan_is_one_line(arguments, message, capsys):
+    assert message in said_by_compare(["plan", *shlex.split(arguments)], capsys, status=2)
+
+
+# ---- compare.py report ------------------------------------------------------------------------------------------
+
+
+def make_run(root, env, method, seed, level, steps=10, done=None, folder=None, **config):
+    """A run folder as dmash.py writes it: returns `level` on train and eval_in, `level` - 4 on eval_out."""
+    cfg = dmash.quick(env=env, method=method, seed=seed, steps=steps, contexts=4, threads=1)
+    folder, metrics, contexts = Path(root) / (folder or cfg.folder.name), [], []
+    folder.mkdir(parents=True)
+    for step in range(5, (steps if done is None else done) + 1, 5):
+        row = {"step": step, "env_steps": 4 * step, "seconds": 60.0 * seed, "dynamics_loss": float("nan")}
+        for name, sets in aib_envs.context_sets(env, 4).items():
+            row[name] = level * step / steps - 4 * (name == "eval_out")
+            for i, c in enumerate(sets):
+                contexts.append(
+                    {"step": step, "set": name, "index": i, **c, "return": row[name] + i - 1.5, "diverged": 1}
+                )
+        metrics.append(row | {f"diverged_{name}": 4 for name in aer.SETS})
+    versions = dict(version="v1", torch="2.0", numpy="2.0", mujoco="3.0", gymnasium="1.0")
+    (folder / "config.json").write_text(json.dumps(asdict(cfg) | versions | config))
+    for name, rows in (("metrics.csv", metrics), ("per_context.csv", contexts)):
+        if rows:
+            (folder / name).write_text(dmash.csv_text(rows))
+    return folder
+
+
+def report(capsys, *places, out, figures=False):
+    """The parts of report.md by heading, the rows of report.csv; figures, which take longer, only where they matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setitem(sys.modules, "compare_figures", None)
+        said_by_compare(["report", *places, "--out", out], capsys)
+    parts = [part.split("\n", 1) for part in (out / "report.md").read_text().split("\n#")]
+    return {head.strip("# "): text for head, text in parts}, list(csv.DictReader((out / "report.csv").open()))
+
+
+def rows(text):
+    """The other cells of each row of a table by its first one."""
+    lines = [line[2:-2].replace("`", "").split(" | ") for line in text.splitlines() if line[:1] == "|"]
+    return {line[0]: line[1:] for line in lines[2:]}
+
+
+def test_tables_of_compare_agree_with_the_code_they_stand_for():
+    for env, spec in aib_envs.ENVS.items():
+        if env not in ("walker_gym", "hopper_gym"):
+            kind = "overlapping" if spec.kind == aib_envs.OVER else "non-overlapping"
+            assert aer.BOUNDS[kind][env] == spec.horizon, env
+    assert set(aer.BOUND) == set(aib_envs.ENVS) - {"walker_gym", "hopper_gym"}
+    plain = [method for method in dmash.METHODS if method not in departures.DEPARTURES]
+    assert aer.METHODS == [*plain, *departures.DEPARTURES] and aer.SETS == dmash.SETS
+    names = {f.name for f in fields(dmash.Config)}
+    assert {*aer.APART, *aer.OWN} - set(aer.VERSIONS) <= names and not names & set(aer.VERSIONS)
+
+
+def test_interquartile_mean_by_hand():
+    for scores, mean in (([7], 7), ([1, 3], 2), ([1, 2, 6], 3), ([9, 1, 2, 4], 3), ([50, 1, 2, 3, -50], 2)):
+        assert aer.iqm([np.array(scores, float)]) == mean
+    strata = [np.array([0.0, 1, 2, 3]), np.array([4.0, 5, 6, 70])]  # all scores together
+    assert aer.iqm(strata) == 3.5
+    samples = [np.stack([x, x + 1]) for x in strata]
+    assert aer.iqm(samples).tolist() == [3.5, 4.5]
+
+
+X = [[0.45, 0.73, 0.66], [0.78, 0.93, 0.63], [0.94, 0.88, 0.56], [0.76, 0.94, 0.51], [0.56, 0.74, 0.79]]
+Y = [[0.45, 0.86, 0.27], [0.76, 0.82, 0.8], [0.43, 0.53, 0.63], [0.41, 0.89, 0.72], [0.7, 0.62, 0.75]]
+
+
+RLIABLE = (  # 1.2.0, with arch 7.2.0 and numpy 2.4.6: point, low and high of 50,000 samples
+    (0.7255555555555556, 0.6477777777777779, 0.8088888888888888),
+    (0.6622222222222223, 0.5533333333333332, 0.7533333333333334),
+    (0.6333333333333333, 0.43333333333333335, 0.8133333333333334),
+)
+
+
+def rliable_numbers():
+    """IQM of X, of Y, and P(X > Y), with intervals, by the package, or what it gave where it is not installed."""
+    try:
+        from rliable import library, metrics
+    except ImportError:
+        return RLIABLE
+    scores = {"x": np.array(X), "y": np.array(Y)}
+    found = library.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=2000)
+    odds = lambda x, y: np.array([metrics.probability_of_improvement(x, y)])
+    more = library.get_interval_estimates({"odds": tuple(scores.values())}, odds, reps=2000)
+    points, ends = ({**of_one, **of_two} for of_one, of_two in zip(found, more))
+    return [(points[name][0], *ends[name][:, 0]) for name in ("x", "y", "odds")]
+
+
+def test_statistics_are_those_of_rliable():
+    x, y = (list(np.array(scores).T) for scores in (X, Y))  # seeds x environments
+    ours = [aer.estimate(aer.iqm, x), aer.estimate(aer.iqm, y), aer.estimate(aer.improvement, x, y)]
+    for mine, theirs, fixed in zip(ours, rliable_numbers(), RLIABLE):
+        assert mine[0] == pytest.approx(theirs[0], abs=1e-9) and mine[0] == pytest.approx(fixed[0], abs=1e-9)
+        assert mine[1:] == pytest.approx(fixed[1:], abs=0.015)  # Monte-Carlo error of 2,000 samples
+        assert mine[1:] == pytest.approx(theirs[1:], abs=0.03)
+
+
+def test_samples_draw_seeds_within_an_environment():
+    """Two environments without spread, far from each other, give an interval without width."""
+    apart = [np.array([1.0, 1, 1]), np.array([9.0, 9, 9])]
+    assert aer.estimate(aer.iqm, apart) == [5, 5, 5]
+    middle, low, high = aer.estimate(aer.iqm, [np.array([1.0, 3])])
+    assert (middle, low, high) == (2, 1, 3)
+    assert np.isnan(aer.estimate(aer.iqm, [np.array([1.0])])[1:]).all()
+    one, two = [np.array([1.0])], [np.array([1.0, 3])]
+    assert np.isnan(aer.estimate(aer.gain, one, two)[1:]).all() and np.isnan(aer.estimate(aer.gain, two, one)[1:]).all()
+
+
+def test_the_two_samples_of_a_comparison_are_drawn_apart():
+    """The ratio of a sample to an equal one varies, as it would not if both drew the same seeds."""
+    same = [np.array([1.0, 2, 3, 4, 5])]
+    gain, low, high = aer.estimate(aer.gain, same, same)
+    assert gain == 0 and low < -0.2 and high > 0.2
+
+
+def test_probability_of_improvement_by_hand():
+    ours, other = [np.array([2.0, 4]), np.array([1.0])], [np.array([1.0, 2, 5]), np.array([3.0])]
+    assert aer.improvement(ours, other) == pytest.approx(((1 + 0.5 + 0 + 1 + 1 + 0) / 6 + 0) / 2)
+
+
+@pytest.fixture(scope="module")
+def five_seeds(tmp_path_factory):
+    """Runs on the double integrators: dma_star_sh 50 to 90, concat 5 lower, dr half of it and without the last seed."""
+    root = tmp_path_factory.mktemp("runs")
+    for env in ("di_inv", "di_friction"):
+        for i, level in enumerate((90, 50, 80, 70, 60)):
+            make_run(root, env, "dma_star_sh", 11 + i, level)
+            make_run(root, env, "concat", 11 + i, level - 5)
+            if i < 4:
+                make_run(root, env, "dr", 11 + i, level / 2, done=10 if env == "di_inv" or i < 3 else 5)
+    return root
+
+
+def test_report_averages_finished_runs_over_seeds(five_seeds, tmp_path, capsys):
+    parts, runs = report(capsys, five_seeds, out=tmp_path / "new" / "out")
+    assert "28 runs, 27 of them finished. Versions: v1 (28 runs)." in parts["Comparison"]
+    returns = rows(parts["di_friction, 10 steps"])
+    seeds, train, eval_in, eval_out, mean, minutes, note = returns["dma_star_sh"]
+    assert (seeds, minutes, note) == ("5 of 5", "13.0", "")
+    assert train == eval_in and [float(cell.split()[0]) for cell in (train, eval_out, mean)] == [70, 66, 68.7]
+    low, high = (float(end) for end in train.split("[")[1].strip("]").split(","))
+    assert 50 <= low < 60 and 80 < high <= 90
+    assert rows(parts["di_inv, 10 steps"])["dr"][0] == "4 of 5"
+    assert rows(parts["di_inv, 10 steps"])["dr"][-1] == "seed 15 missing"
+    assert returns["dr"][:2] == ["3 of 5", "36.7 [25.0, 45.0]"]  # of three seeds, the mean: (45 + 25 + 40) / 3
+    assert returns["dr"][-1] == "seed 14 unfinished, at 5; seed 15 missing"
+    assert len(runs) == 28 and list(runs[0]) == (
+        "env method seed steps train eval_in eval_out mean minutes diverged version folder".split()
+    )
+    row = next(row for row in runs if row["folder"] == "di_inv__concat__quick__s12")
+    expected = dict(env="di_inv", method="concat", seed="12", steps="10", train="45", eval_in="45", eval_out="41")
+    expected |= dict(mean="43.6667", minutes="12", diverged="12", version="v1", folder="di_inv__concat__quick__s12")
+    assert row == expected
+    (half,) = [row for row in runs if not row["train"]]
+    assert (half["env"], half["method"], half["seed"], half["steps"]) == ("di_friction", "dr", "14", "10")
+
+
+def test_report_over_environments(five_seeds, tmp_path, capsys):
+    parts, _ = report(capsys, five_seeds, out=tmp_path)
+    text = parts["Scaled returns in 2 environments"]
+    assert "di_inv (4), di_friction (3)" in text  # seeds that all three have
+    scaled = {tuple(line.split(" | ")[:2]): line.split(" | ")[2:] for line in text.splitlines() if line[:3] == "| n"}
+    assert list(scaled) == [("| non-overlapping", f"`{m}`") for m in ("dma_star_sh", "concat", "dr")]
+    assert scaled["| non-overlapping", "`dr`"][0].startswith("0.375")  # of .45, .25, .4, .35: without ends
+    gains = [line.strip("| ").split(" | ") for line in parts["Gain of `dma_star_sh`"].splitlines() if line[:3] == "| `"]
+    kinds = {(method, kind.split(":")[0]): cells for method, kind, *cells in gains}
+    assert list(kinds) == [(f"`{m}`", k) for m in ("concat", "dr") for k in ("all", "non-overlapping", "overlapping")]
+    assert gains[0][1] == "all: di_inv (5), di_friction (5)" and gains[3][1] == "all: di_inv (4), di_friction (3)"
+    train, eval_in, eval_out, mean = kinds["`dr`", "all"]
+    assert train.startswith("+100.0% [") and train.endswith("(paper +50.0%)") and "paper" not in eval_in + mean
+    assert eval_out.endswith("(paper +58.1%)") and kinds["`concat`", "all"][2].endswith("(paper +11.5%)")
+    assert kinds["`concat`", "overlapping"][0].startswith("+7.7% [")  # 70 / 65
+    odds = rows(parts["Probability that `dma_star_sh` is better"])
+    # of 5 x 5 pairs 50 … 90 against 45 … 85, 15 are above; dr has seeds of its own
+    assert odds["concat"][:2] == ["di_inv, di_friction", odds["concat"][2]] and odds["concat"][1].startswith("0.60 [")
+    assert odds["dr"][1] == "1.00 [1.00, 1.00]"
+
+
+def test_an_environment_without_a_bound_enters_no_aggregate(tmp_path, capsys):
+    for env in ("di_inv", "ode", "hopper_gym"):
+        for method in ("dma_star_sh", "dr"):
+            make_run(tmp_path / "runs", env, method, 1, 50 if method == "dr" else 60)
+    parts, _ = report(capsys, tmp_path / "runs", out=tmp_path)
+    assert "di_inv (1), ode (1)." in parts["Scaled returns in 2 environments"]
+    assert "`dr` | 0.375 |" in parts["Scaled returns in 2 environments"]  # 50 of 100, and of 200
+    assert "hopper_gym" not in parts["Scaled returns in 2 environments"] + parts["Gain of `dma_star_sh`"]
+    assert rows(parts["hopper_gym, 10 steps"])["dr"][1] == "50.0"
+    assert rows(parts["Probability that `dma_star_sh` is better"])["dr"][0] == "di_inv, ode, hopper_gym"
+
+
+def test_a_method_is_aggregated_with_those_that_have_its_environments(tmp_path, capsys):
+    for method, envs in (("dma_star_sh", ("di_inv", "ode", "di_perm")), ("dr", ("di_inv", "ode")), ("da", ("ode",))):
+        for env in envs:
+            make_run(tmp_path / "runs", env, method, 1, 50)
+    parts, _ = report(capsys, tmp_path / "runs", out=tmp_path)
+    assert [head for head in parts if head.startswith("Scaled")] == ["Scaled returns in 2 environments"]
+    assert "`da`" not in parts["Scaled returns in 2 environments"]
+    assert "`da` | non-overlapping: ode (1)" in parts["Gain of `dma_star_sh`"]
+
+
+def test_what_is_not_comparable_is_kept_apart(tmp_path, capsys):
+    root = tmp_path / "runs"
+    for seed in (1, 2):
+        make_run(root, "di_inv", "dma_star_sh", seed, 80)
+        make_run(root, "di_inv", "dr", seed, 40, version=f"v{seed}", numpy="2.0" if seed == 1 else "2.1")
+    make_run(root, "di_inv", "dr", 3, 60, steps=15)
+    make_run(root / "other", "di_inv", "dr", 1, 20, alpha=0.07, batch=64, out="elsewhere", threads=2)
+    make_run(root / "other", "di_inv", "dma_star_sh", 3, 20, mask=0.1)
+    parts, runs = report(capsys, root, out=tmp_path)
+    alike = f"batch 256, alpha {dmash.quick().alpha}"
+    longer, other = f"di_inv, 15 steps, {alike}", "di_inv, 10 steps, batch 64, alpha 0.07"
+    main = rows(parts[f"di_inv, 10 steps, {alike}"])
+    assert list(main) == ["dma_star_sh, mask 0.4", "dma_star_sh, mask 0.1", "dr"]
+    assert main["dr"][:2] == ["2 of 3", "40.0 [40.0, 40.0]"] and main["dma_star_sh, mask 0.1"][1] == "20.0"
+    assert main["dma_star_sh, mask 0.4"][-1] == "seed 3 missing; version v1: seed 1, 2; numpy 2.0: seed 1, 2"
+    versions = "version v1: seed 1; version v2: seed 2; numpy 2.0: seed 1; numpy 2.1: seed 2"
+    assert main["dr"][-1] == f"seed 3 missing; {versions}"
+    for title, value in ((longer, "60.0"), (other, "20.0")):
+        assert "Not comparable with the other 2 tables of this environment." in parts[title]
+        assert list(rows(parts[title])) == ["dr"] and rows(parts[title])["dr"][:2] == ["1 of 1", value]
+    assert not [head for head in parts if head.startswith(("Gain", "Prob"))]  # which dma_star_sh is meant?
+    assert {row["folder"] for row in runs} >= {"other/di_inv__dr__quick__s1", "di_inv__dr__quick__s1"}
+
+
+def test_of_several_lengths_the_one_with_most_runs_is_aggregated(tmp_path, capsys):
+    for seed, steps, level in ((1, 10, 50), (2, 10, 50), (3, 15, 90), (4, 5, 90)):
+        make_run(tmp_path / "runs", "ode", "dma_star_sh", seed, 2 * level, steps=steps)
+        make_run(tmp_path / "runs", "ode", "dr", seed, 50, steps=steps)
+    parts, _ = report(capsys, tmp_path / "runs", out=tmp_path)
+    assert "that with most finished runs counts" in parts["Over environments"]
+    assert "`dr` | non-overlapping: ode (2) | +100.0%" in parts["Gain of `dma_star_sh`"]
+
+
+def test_settings_are_aggregated_apart(tmp_path, capsys):
+    for env in ("di_inv", "ode"):
+        for method in ("dma_star_sh", "dr"):
+            for alpha in (0.3, 0.5):
+                level = 80 * alpha * (2 if method == "dma_star_sh" else 1)
+                make_run(tmp_path / "runs" / str(alpha), env, method, 1, level, alpha=alpha)
+    out = tmp_path / "out"
+    report(capsys, tmp_path / "runs", out=out)
+    text = (out / "report.md").read_text()
+    for alpha in (0.3, 0.5):
+        part = text.split(f"## Over environments, alpha {alpha}\n")[1].split("\n## ")[0]
+        assert "+100.0%" in part and "di_inv (1), ode (1)" in part
+
+
+def test_same_runs_same_bytes(five_seeds, tmp_path, capsys):
+    """In whatever order, by whatever path, and from another place."""
+    files = []
+    copied = shutil.copytree(five_seeds, tmp_path / "elsewhere" / "copy")
+    one_by_one = sorted(five_seeds.iterdir(), reverse=True)
+    for i, places in enumerate(([five_seeds], one_by_one, [five_seeds, *one_by_one[:3]], [copied])):
+        report(capsys, *places, out=tmp_path / str(i))
+        files.append([(tmp_path / str(i) / name).read_bytes() for name in ("report.md", "report.csv")])
+    assert files[0] == files[1] == files[2] == files[3]
+    assert str(tmp_path).encode() not in b"".join(files[3])
+    for i, folder in enumerate(sorted(copied.iterdir(), reverse=True)):
+        folder.rename(copied / str(i))
+    report(capsys, copied, out=tmp_path)
+    assert (tmp_path / "report.md").read_bytes() == files[0][0]
+
+
+@pytest.mark.parametrize("missing", ["torch mujoco gymnasium dmash aib_envs", "torch mujoco gymnasium matplotlib"])
+def test_report_needs_numpy_alone(five_seeds, tmp_path, missing):
+    block = f"import sys; sys.modules.update(dict.fromkeys({missing.split()})); sys.path.insert(0, {str(HERE)!r}); "
+    command = [sys.executable, "-c", f"{block}import compare; sys.exit(compare.main(sys.argv[1:]))"]
+    done = subprocess.run([*command, "report", five_seeds, "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "`dma_star_sh`" in (tmp_path / "report.md").read_text() and (tmp_path / "report.csv").exists()
+    assert ("no figures are drawn" in done.stdout) == ("matplotlib" in missing)
+    refused = subprocess.run(
+        [*command, *"plan --envs ode --methods dr --seeds 1".split()], capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and refused.stdout == ""
+
+
+def test_figures_are_those_that_the_report_shows(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for seed in (1, 2):
+        for env in ("di_inv", "ode_3"):
+            make_run(tmp_path / "runs", env, "dma_star_sh", seed, 50)
+    make_run(tmp_path / "runs", "di_inv", "dr", 1, 50, steps=15, done=5)
+    make_run(tmp_path / "runs", "di_perm", "dr", 1, 50, done=0)
+    out = tmp_path / "out"
+    report(capsys, tmp_path / "runs", out=out, figures=True)
+    names = {"curves.png", "contexts_di_inv_1.png", "contexts_ode_3.png"}  # the other two are not finished
+    assert {file.name for file in out.glob("*.png")} == names and all(
+        (out / name).stat().st_size > 5000 for name in names
+    )
+    text = (out / "report.md").read_text()
+    assert all(f"({name})" in text for name in names) and text.count(".png") == 3
+
+
+@pytest.mark.parametrize(
+    "env, panels",
+    [
+        ("cartpole_inv", [("length", "normal"), ("length", "inverted")]),
+        ("di_perm", [("mass", "normal"), ("mass", "swapped")]),
+        ("walker", [("gravity", ""), ("actuator_strength", "")]),
+        ("ode", [("distance from the centre", "")]),
+        ("ode_3", [("distance from the centre", "")]),
+    ],
+)
+def test_context_figure_shows_each_context_once(env, panels, tmp_path):
+    pytest.importorskip("matplotlib")
+    import compare_figures
+
+    for seed in (1, 2):
+        make_run(tmp_path, env, "dma_star_sh", seed, 10 * seed)
+    runs = aer.read_runs([tmp_path])
+    axes = compare_figures.contexts("title", runs).axes
+    assert [(ax.get_xlabel(), ax.get_title()) for ax in axes] == panels
+    dims, seen = {dim.name: dim for dim in aib_envs.ENVS[env].context}, 0
+    signs = {
+        "normal": {"action_factor": 1, "swap": 0},
+        "inverted": {"action_factor": -1},
+        "swapped": {"swap": 1},
+        "": {},
+    }
+    for ax, (name, sign) in zip(axes, panels):
+        (line,), (shade,), far = ax.lines, ax.patches, name not in dims
+        low, high = shade.get_extents().transformed(ax.transData.inverted()).intervalx
+        assert (low, high) == pytest.approx((0, 1) if far else dims[name].train, rel=0.2)  # 4 of the 50 values
+        found = [row for row in runs[0].contexts if all(row.get(k, v) == v for k, v in signs[sign].items())]
+        places = [max(dim.distance(row[dim.name]) for dim in dims.values()) if far else row[name] for row in found]
+        # the second run has twice the level of the first, less 4 on eval_out, and the same from context to context
+        expected = sorted((x, row["return"] + 5) for x, row in zip(places, found))
+        if not far:
+            assert [*zip(*line.get_data())] == [pytest.approx(point) for point in expected]
+        seen += len(line.get_xdata())
+    assert seen == 12 * (len(panels) if env == "walker" else 1)  # there each panel shows all contexts
+
+
+def test_three_graded_dimensions_are_shown_by_distance(tmp_path):
+    pytest.importorskip("matplotlib")
+    import compare_figures
+
+    run = aer.read_run(make_run(tmp_path, "walker", "dr", 1, 50))
+    run = run._replace(contexts=[row | {"third": row["gravity"] / 2} for row in run.contexts])
+    assert [ax.get_xlabel() for ax in compare_figures.contexts("title", [run]).axes] == ["distance from the centre"]
+
+
+def test_a_method_looks_the_same_in_all_figures_and_like_no_other(five_seeds):
+    pytest.importorskip("matplotlib")
+    import compare_figures
+
+    looks = [compare_figures.style(method) for method in (*aer.METHODS, "one_of_my_own")]
+    for kinds in (("color", "linestyle"), ("marker",)):
+        assert len({tuple(look[kind] for kind in kinds) for look in looks}) == len(looks), kinds
+    blocks = aer.blocks_of([run for run in aer.read_runs([five_seeds]) if run.finished])
+    figures = [compare_figures.curves(blocks), *(compare_figures.contexts(*item) for item in blocks.items())]
+    for ax in (ax for figure in figures for ax in figure.axes):
+        assert [line.get_label() for line in ax.lines] == ["dma_star_sh", "concat", "dr"]
+        for line in ax.lines:
+            look = compare_figures.style(line.get_label())
+            assert (line.get_color(), line.get_marker()) == (look["color"], look["marker"])
+    curve = figures[0].axes[0].lines[0]  # steps 5 and 10; IQM over seeds of the mean of the three sets
+    assert list(curve.get_xdata()) == [5, 10] and list(curve.get_ydata()) == pytest.approx([35 - 4 / 3, 70 - 4 / 3])
+
+
+def spoil(name, text=None):
+    def change(folder):
+        path = folder / name
+        path.unlink() if text is None else path.write_text(text(path.read_text()))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (spoil("config.json", lambda text: text[:50]), "config.json: cannot be read ("),
+        (spoil("config.json", lambda text: "[]"), "config.json: cannot be read ("),
+        (
+            spoil("config.json", lambda text: text.replace('"seed"', '"need"')),
+            "config.json: cannot be read (its seed is",
+        ),
+        (spoil("metrics.csv", lambda text: text[: text.rindex(",") - 1]), "metrics.csv: cannot be read ("),
+        (
+            spoil("metrics.csv", lambda text: text.replace("eval_in", "eval")),
+            "metrics.csv: cannot be read (no column eval_in)",
+        ),
+        (
+            spoil("metrics.csv", lambda text: text.replace("50", "inf")),
+            "metrics.csv: cannot be read (a train that is no",
+        ),
+        (
+            spoil("metrics.csv", lambda text: text.replace("50", "good")),
+            "metrics.csv: cannot be read (could not convert",
+        ),
+        (spoil("metrics.csv", lambda text: ""), "metrics.csv: cannot be read (no column"),
+        (spoil("metrics.csv", lambda text: text + "\0"), "metrics.csv: cannot be read ("),
+        (spoil("per_context.csv"), "per_context.csv: No such file or directory"),
+        (spoil("per_context.csv", lambda text: text[: len(text) // 2]), "per_context.csv: cannot be read ("),
+        (spoil("per_context.csv", lambda text: text.replace(",set,", ",sets,")), "per_context.csv: cannot be read ("),
+        (
+            spoil("per_context.csv", lambda text: text.replace("eval_out", "far")),
+            "per_context.csv: cannot be read (not all",
+        ),
+        (lambda folder: shutil.copytree(folder, folder.parent / "copy"), "the same run as"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_named(change, message, tmp_path, capsys):
+    root = tmp_path / "runs"
+    make_run(root, "di_inv", "dr", 1, 60)
+    change(make_run(root, "di_inv", "dr", 2, 50))
+    said = said_by_compare(["report", root, "--out", tmp_path / "out"], capsys, status=2)
+    assert message in said and "di_inv__dr__quick__s2" in said and not (tmp_path / "out").exists()
+
+
+def test_report_refuses_in_one_line(five_seeds, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        ([tmp_path / "nowhere"], "nowhere: no run there; allowed:"),
+        ([five_seeds, tmp_path / "empty"], "empty: no run there"),
+        ([], "required: RUNS"),
+        ([five_seeds, "--outt", "x"], "unrecognized arguments: --outt"),
+        ([five_seeds, "--out", tmp_path / "file"], "file: File exists"),
+        ([five_seeds, "--out", tmp_path / "file" / "x"], "x: Not a directory"),
+    ):
+        assert message in said_by_compare(["report", *arguments], capsys, status=2)
+
+
+def test_compare_runs_from_any_folder_and_stops_quietly_when_nobody_reads(tmp_path):
+    words = [sys.executable, HERE / "compare.py", *"plan --envs ode di_inv di_perm --methods dr --seeds 1-1000".split()]
+    done = subprocess.run(f"{shlex.join(map(str, words))} | head -n 1", shell=True, cwd=tmp_path, capture_output=True)
+    assert done.stdout.count(b"\n") == 1 and done.stderr == b""
+    assert not list(tmp_path.iterdir())
