@@ -13,11 +13,18 @@ COLOURS = "#D55E00 #CC79A7 #0072B2 #56B4E9 #8C6D1F #009E73 #E69F00 #000000".spli
 
 
 def style(label):
-    """Colour, marker and line of a method, the same in all figures; the last two tell it in grey."""
+    """Colour, marker and line of a method, the same in all figures; the last two tell it in grey. A method that is not
+    in the table is grey."""
     i = aer.rank(label.split(",")[0], aer.METHODS)[0]
     first = dict(linewidth=2.2, zorder=3) if i == 0 else dict(linewidth=1.3)
-    line, marker = ("-", "--", "-.", ":")[(i + i // 8) % 4], "osD^vP*Xphd<>H8."[i % 16]
-    return first | dict(color=COLOURS[i % 8], marker=marker, markersize=4, linestyle=line, label=label)
+    line, marker = ("-", "--", "-.", ":")[(i + i // 8) % 4], "osD^vP*Xphd<>H8.1234x"[i]
+    return first | dict(
+        color=COLOURS[i % 8] if i < len(aer.METHODS) else "0.6",
+        marker=marker,
+        markersize=4,
+        linestyle=line,
+        label=label,
+    )
 
 
 def curves(blocks):
