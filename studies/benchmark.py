@@ -152,8 +152,8 @@ def update_flop(run):
     with FlopCounterMode(display=False) as counter:
         for step in (1, 2):
             run.agent.update(batch, step)
-    B, L, _ = batch.tau.shape
-    lstm = 3 * B * L * 2 * 8 * run.cfg.encoder_hidden**2 if run.agent.g else 0  # missed: 3 passes, 2 x 4 gates
+    # missed: the LSTM, if there is one (else L is 0): 3 passes, 2 x 4 gates
+    lstm = 3 * len(batch.s) * run.cfg.L * 2 * 8 * run.cfg.encoder_hidden**2
     return counter.get_total_flops() / 2 + lstm
 
 
