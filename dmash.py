@@ -198,7 +198,7 @@ class Hypernetwork(nn.Module):
     def forward(self, z):
         y = self.trunk(z)  # (B, 64)
         with torch.autocast(y.device.type, torch.bfloat16, self.bfloat16):
-            tensors = [head(y).float() for head in self.heads]  # (B, 256 · 32) and so on
+            tensors = [head(y).to(y.dtype) for head in self.heads]  # (B, 256 · 32) and so on
         return Omega(*(w.unflatten(-1, shape) for w, shape in zip(tensors, self.shapes)))
 
 
