@@ -36,7 +36,15 @@ import dmash  # noqa: E402
 PHASES = ("acting", "environments", "batch", "dynamics", "critic", "actor", "targets", "rest")
 STEPS = 20  # gradient steps in a turn
 TURNS = {"methods": 5, "against": 30}
-UNUSED = ("steps", "out", "eval_every", "eval_rollouts", "rollouts", "random_steps")  # settings without effect here
+UNUSED = (
+    "quick",
+    "steps",
+    "out",
+    "eval_every",
+    "eval_rollouts",
+    "rollouts",
+    "random_steps",
+)  # settings without effect here
 
 
 def warm_run(cfg):
@@ -250,7 +258,8 @@ def main(argv=None):
     modes.add_argument("--against", type=Path, metavar="FOLDER", help="compare with another checkout")
     for f in fields(dmash.Config):
         if f.name not in UNUSED:
-            parser.add_argument(dmash.flag(f.name), default=argparse.SUPPRESS, help=f.metadata["help"])
+            kind = {"action": "store_true"} if f.type is bool else {}
+            parser.add_argument(dmash.flag(f.name), **kind, default=argparse.SUPPRESS, help=f.metadata["help"])
     settings = vars(parser.parse_args(argv))
     methods, against = settings.pop("methods"), settings.pop("against")
     try:
