@@ -2511,6 +2511,16 @@ def test_eval_reproduces_the_last_row_of_the_run(run, capsys, tmp_path):
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
 
 
+def test_the_agent_in_the_repository_balances_normal_and_inverted_motors():
+    """Beyond the train range of lengths, too: a change that breaks what a policy computes shows here."""
+    path = HERE / "results/quick_fresh/cartpole_inv__dma_star_sh__quick__s4/policy.pt"
+    if not path.is_file():
+        pytest.skip("results/ is not here")
+    cfg, agent = dmash.load_policy(path)
+    returns, _ = dmash.evaluate(agent, cfg, [{"length": x, "action_factor": f} for x in (0.4, 1.0) for f in (1, -1)])
+    assert path.stat().st_size < 5e6 and returns.min() > 800, returns
+
+
 def test_a_policy_in_another_folder_says_whose_it_is(run, tmp_path, capsys):
     assert dmash.main(small_arguments(tmp_path, seed=2, method="dr", steps=2)) == 0
     other = tmp_path / "di_inv__dr__s2"
