@@ -36,15 +36,8 @@ import dmash  # noqa: E402
 PHASES = ("acting", "environments", "batch", "dynamics", "critic", "actor", "targets", "rest")
 STEPS = 20  # gradient steps in a turn
 TURNS = {"methods": 5, "against": 30}
-UNUSED = (
-    "quick",
-    "steps",
-    "out",
-    "eval_every",
-    "eval_rollouts",
-    "rollouts",
-    "random_steps",
-)  # settings without effect here
+# settings without effect here
+UNUSED = ("quick", "steps", "out", "eval_every", "eval_rollouts", "rollouts", "random_steps")
 
 
 def warm_run(cfg):
