@@ -653,6 +653,7 @@ class Config:
     eval_every: int = option(5000, "gradient steps between evaluations", "[1, 1e9]")
     eval_rollouts: int = option(1, "episodes per context at evaluations on the way", "[1, 1000]")
     rollouts: int = option(10, "episodes per context at the last evaluation and with --eval", "[1, 1000]")
+    snapshots: bool = option(False, "keep the policy of every evaluation, as policies/<step>.pt")
     contexts: int = option(20, "contexts in each of the sets train, eval_in and eval_out", "[1, 1000]")
     K: int = option(None, "past transitions in a window (default: by environment)", "[1, 1e6]")
     subsample: float = option(0.2, "L / K, the share of the window that the encoder reads", "(0, 1]")
@@ -895,6 +896,10 @@ class Run:
         policy["agent"] = {name: weight for name, weight in state["agent"].items() if name.startswith(ACTING)}
         replace_file(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
         replace_file(self.folder / "policy.pt", lambda file: torch.save(policy, file))
+        if self.cfg.snapshots and self.step == self.evaluated > 0:
+            snapshot = self.folder / "policies" / f"{self.step}.pt"
+            snapshot.parent.mkdir(exist_ok=True)
+            replace_file(snapshot, lambda file: torch.save(policy, file))
         versions = {package.__name__: str(package.__version__) for package in (torch, np, mujoco, gymnasium)}
         config = asdict(self.cfg) | {"version": self.version} | versions
         text = {"config.json": json.dumps(config, indent=2) + "\n"}

@@ -2486,6 +2486,19 @@ def test_policy_holds_what_acting_needs_and_no_more(run):
         assert torch.equal(agent.state_dict()[name], weight) and torch.equal(trained[name], weight)
 
 
+def test_snapshots_keep_the_policy_of_every_evaluation(tmp_path, run):
+    assert dmash.main([*small_arguments(tmp_path), "--snapshots"]) == 0
+    folder = tmp_path / run.name
+    steps = [int(row["step"]) for row in read(run / "metrics.csv")]
+    assert sorted(path.name for path in (folder / "policies").iterdir()) == [f"{step}.pt" for step in steps]
+    for step in steps:
+        cfg, agent = dmash.load_policy(folder / "policies" / f"{step}.pt")
+        found = dmash.by_set(dmash.evaluate_sets(agent, cfg, 1), "return")
+        row = next(row for row in read(folder / "metrics.csv") if int(row["step"]) == step)
+        assert agent.step == step and found == pytest.approx({name: float(row[name]) for name in found}, rel=1e-5)
+    assert not (run / "policies").exists()
+
+
 def test_loading_and_evaluating_leave_global_state_alone(run):
     before = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
     cfg, agent = dmash.load_policy(run / "policy.pt")

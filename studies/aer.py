@@ -15,7 +15,8 @@ import numpy as np
 SETS = ("train", "eval_in", "eval_out")
 SCORES = (*SETS, "mean")  # of the three sets
 VERSIONS = ("version", "torch", "numpy", "mujoco", "gymnasium")
-APART = ("env", "method", "seed", "out", "threads", "device", *VERSIONS)  # no settings that runs must have in common
+# no settings that runs must have in common
+APART = ("env", "method", "seed", "out", "threads", "device", "snapshots", *VERSIONS)
 OWN = ("steps", "K", "mask")  # settings whose defaults depend on the environment or the method
 METHODS = "dma_star_sh dma_star_h dma_star dma dma_pearl concat da dr dma_sh rl_adapters no_mask no_input_norm".split()
 METHODS += "no_output_norm critic_into_eta actor_into_eta both_into_eta included terminal fresh apart".split()

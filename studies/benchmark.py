@@ -37,7 +37,7 @@ PHASES = ("acting", "environments", "batch", "dynamics", "critic", "actor", "tar
 STEPS = 20  # gradient steps in a turn
 TURNS = {"methods": 5, "against": 30}
 # settings without effect here
-UNUSED = ("quick", "steps", "out", "eval_every", "eval_rollouts", "rollouts", "random_steps")
+UNUSED = ("quick", "steps", "out", "eval_every", "eval_rollouts", "rollouts", "snapshots", "random_steps")
 
 
 def warm_run(cfg):
