@@ -5,10 +5,10 @@
 
 `plan` prints a command for every environment, method and seed, with the settings given, in the order of seeds: a list
 cut short leaves whole comparisons. A command that is given again goes on with its run. To work through a list, two at a
-time on one machine, or as a Slurm array of as many tasks as it has lines:
+time on one machine, or as a Slurm array (in a shell where `python` is the one with torch):
 
     python studies/compare.py plan … --threads 1 | xargs -P 2 -I{} sh -c '{}'
-    sed -n "${SLURM_ARRAY_TASK_ID}p" plan.txt | sh
+    sbatch --array=1-$(wc -l < plan.txt) --wrap 'sed -n "${SLURM_ARRAY_TASK_ID}p" plan.txt | sh'
 
 xargs takes quotes away. Where a value needs them, as an --out with a blank does: tr '\\n' '\\0' | xargs -0 -P 2 …
 
