@@ -106,6 +106,7 @@ class ContextDim(NamedTuple):
 MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), positive=True)  # kg
 FRICTION = ContextDim("friction", 1.0, (0.5, 1.5), (0.1, 2.0))  # kg/s
 ACTION_FACTOR = ContextDim("action_factor", 1.0, (-1.0, 1.0))  # multiplies the action: -1 inverts every actuator
+SIGN_X, SIGN_Y = (ContextDim(f"sign_{axis}", 1.0, (-1.0, 1.0)) for axis in "xy")  # the same, for one actuator each
 SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))  # 1 exchanges the first two actuators
 POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), positive=True)  # half the pole, m
 LENGTH_SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), positive=True)  # multiplies limb lengths
@@ -125,15 +126,16 @@ def context_sets(env_id, n=20, seed=0):
 
     A continuous dimension has 50 values: evenly spaced over the train range (train); over that range shrunk by 1 %
     of its width at both ends (eval_in); 25 below and 25 above it, at least 1 % away, up to the extrapolation limits
-    (eval_out). A binary dimension keeps both values. Up to two dimensions, `n` evenly spaced entries of the sorted
-    mesh are taken; with more dimensions, `n` random draws of a generator seeded with `seed`.
+    (eval_out). A binary dimension keeps both values. Up to two continuous dimensions, `n` evenly spaced entries of the
+    sorted mesh are taken; with more, `n` random draws of a generator seeded with `seed`.
 
     n = 20 gives the published sets, in which a binary dimension's values stand 11 to 9; with any other n they take
-    turns. An n above the size of the mesh repeats contexts.
+    turns, and so do always the pairs of values of two. An n above the size of the mesh repeats contexts.
 
     Returns {"train": [...], "eval_in": [...], "eval_out": [...]}. Raises ValueError for an unknown id or n < 1.
     """
     dims = lookup(env_id).context
+    turns = 2 ** sum(dim.binary for dim in dims)  # combinations of binary values, side by side in the mesh
     if not (isinstance(n, (int, np.integer)) and n >= 1):
         raise ValueError(f"n={n!r}: the number of contexts must be a whole number of at least 1")
 
@@ -152,13 +154,13 @@ def context_sets(env_id, n=20, seed=0):
 
     def draw(which):
         axes = [values(dim, which) for dim in dims]
-        if len(dims) > 2:
+        if sum(not dim.binary for dim in dims) > 2:
             chosen = np.stack([rng.choice(axis, n) for axis in axes], axis=-1)  # (n, dims)
         else:
             mesh = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(dims))  # sorted
             entries = np.linspace(0, len(mesh) - 1, n).astype(int)
-            if dims[-1].binary and n != 20:  # the mesh alternates in its last dimension: even entries hold one value
-                entries = entries // 2 * 2 + np.arange(n) % 2
+            if dims[-1].binary and (turns > 2 or n != 20):  # else some would come more often
+                entries = entries // turns * turns + np.arange(n) % turns
             chosen = mesh[entries]
         return [{dim.name: float(value) for dim, value in zip(dims, row)} for row in chosen]
 
@@ -233,7 +235,8 @@ class Task:
     def build(self):
         """Makes everything that depends on the contexts, from nominal values."""
         self.c = {name: np.array([context[name] for context in self.contexts]) for name in self.contexts[0]}
-        self.signs = self.c["action_factor"][:, None] if "action_factor" in self.c else None
+        signs = [self.c[name] for name in ("action_factor", "sign_x", "sign_y") if name in self.c]
+        self.signs = np.stack(signs or [np.ones(self.N)], axis=-1)  # (N, 1), or one for each of two actuators
         order = np.arange(self.d_a)  # a swap exchanges the first two
         self.order = np.where(self.c["swap"][:, None] == 1, [1, 0, *order[2:]], order) if "swap" in self.c else None
 
@@ -261,9 +264,7 @@ class Task:
 
         What an actuator gets, after the context flipped or swapped it, is clipped to [-1, 1] here, in every task.
         """
-        actions = np.asarray(actions, dtype=np.float64)  # whoever calls: float32 powers and products would differ
-        if self.signs is not None:
-            actions = actions * self.signs
+        actions = np.asarray(actions, dtype=np.float64) * self.signs  # float32 powers and products would differ
         if self.order is not None:
             actions = actions[np.arange(self.N)[:, None], self.order]
         self.advance(np.minimum(np.maximum(actions, -1.0), 1.0))  # faster than np.clip
@@ -312,7 +313,8 @@ def draw(view, shapes, size=256):
 class DoubleIntegrator(Task):
     """A point mass in the plane, pushed by a force; it is to reach the origin and stay there.
 
-    Context: mass, and action_factor, friction or swap. Observation and state [p (2), v (2)]; reward 1 within .1 m.
+    Context: mass, and action_factor, friction, swap or a sign for each axis. Observation and state [p (2), v (2)];
+    reward 1 within .1 m.
     """
 
     d_s, d_a, state_size = 4, 2, 4
@@ -353,7 +355,7 @@ class ODE(Task):
 
     d_s, d_a, state_size = 1, 2, 1
     dt = 0.01  # s
-    TIERS = ((2.0, 0.05), (0.5, 1 / 4), (0.2, 1 / 3), (0.1, 1 / 2), (0.05, 1.0))  # |x| below, reward
+    TIERS = {0.05: 1.0, 0.1: 1 / 2, 0.2: 1 / 3, 0.5: 1 / 4, 2.0: 0.05}  # |x| below: reward
 
     def initial_state(self, i, rng):
         return rng.uniform(-1.0, 1.0, size=1)
@@ -372,13 +374,10 @@ class ODE(Task):
     observation = state
 
     def reward(self):
-        reward = np.zeros(self.N)
-        for below, value in self.TIERS:
-            reward[np.abs(self.x) < below] = value
-        return reward
+        return np.select([np.abs(self.x) < below for below in self.TIERS], list(self.TIERS.values()))
 
     def picture(self, i):
-        x, goal, end = np.array([[self.x[i], 0.0], [self.TIERS[-1][0], 0.0], [20.0, 0.0]])
+        x, goal, end = np.array([[self.x[i], 0.0], [min(self.TIERS), 0.0], [20.0, 0.0]])
         shapes = [Shape(-end, end, 0.01, GREY), Shape(-goal, goal, 0.04, GREEN), Shape(x, x, 0.06, BLUE)]
         return View(np.clip(x, -18, 18) * 0.9, 4.0), shapes
 
@@ -464,9 +463,8 @@ class MujocoTask(Task):
         self.measure()
 
     def advance(self, actions):
-        for ctrl, action in zip(self.ctrls, actions):
+        for (model, data), ctrl, action in zip(self.pairs, self.ctrls, actions):
             ctrl[:] = action
-        for model, data in self.pairs:
             if self.SENSORS:
                 mujoco.mj_step2(model, data)
                 if self.SUBSTEPS > 1:
@@ -1033,6 +1031,8 @@ register("walker_gym", WalkerGym, (GRAVITY, STRENGTH), 1000, OVER, **GYM, paper_
 register("hopper_gym", HopperGym, (GRAVITY, STRENGTH), 1000, OVER, **GYM, paper_name="HopperGym")
 for _k in range(1, 21):
     register(f"ode_{_k}", ODE, coefficients(_k), 200, WEAK, paper_name=f"ODE-{_k}")
+# Beyond the paper: two signs, so that a pair of them can be new where each sign is known
+register("di_signs", DoubleIntegrator, (MASS, SIGN_X, SIGN_Y), 100, NON)
 
 
 def lookup(env_id):

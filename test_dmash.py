@@ -1429,6 +1429,18 @@ def test_both_values_of_a_binary_dimension_get_their_share(env_id):
             )
 
 
+def test_all_pairs_of_signs_get_their_share():
+    """Five each of twenty; and masses from one end of the range to the other."""
+    for n in (1, 4, 7, 20, 50, 200):
+        for contexts in aib_envs.context_sets("di_signs", n).values():
+            signs = [(context["sign_x"], context["sign_y"]) for context in contexts]
+            counts = [signs.count(pair) for pair in itertools.product((-1, 1), repeat=2)]
+            assert sum(counts) == n and max(counts) - min(counts) <= 1
+            assert len({tuple(context.values()) for context in contexts}) == n
+            masses = [context["mass"] for context in contexts]
+            assert masses == sorted(masses) and (n == 1 or masses[-1] - masses[0] > 0.9)
+
+
 def test_window_and_gradient_steps_of_the_paper():
     for env_id, spec in aib_envs.ENVS.items():
         small = env_id.startswith(("di_", "ode"))
@@ -1570,18 +1582,19 @@ def test_observations_vary_and_pictures_are_drawn(env_id):
 def test_inversion_and_permutation_by_context():
     """A flipped or swapped actuator does what the flipped or swapped action does without it."""
     rng = np.random.default_rng(0)
-    for env_id, context in (
-        ("di_inv", {"action_factor": -1}),
-        ("cheetah_inv", {"action_factor": -1}),
-        ("di_perm", {"swap": 1}),
-        ("reacher_hard_perm", {"swap": 1}),
+    for env_id, context, same in (
+        ("di_inv", {"action_factor": -1}, lambda action: -action),
+        ("cheetah_inv", {"action_factor": -1}, lambda action: -action),
+        ("di_perm", {"swap": 1}, lambda action: action[::-1]),
+        ("reacher_hard_perm", {"swap": 1}, lambda action: action[::-1]),
+        ("di_signs", {"sign_x": -1}, lambda action: action * [-1, 1]),
+        ("di_signs", {"sign_y": -1}, lambda action: action * [1, -1]),
     ):
         plain, changed = aib_envs.make(env_id), aib_envs.make(env_id, **context)
         plain.reset(seed=0), changed.reset(seed=0)
         for _ in range(10):
             action = rng.uniform(-1, 1, plain.action_space.shape)
-            same = -action if "action_factor" in context else action[::-1]
-            np.testing.assert_array_equal(plain.step(action)[0], changed.step(same)[0])
+            np.testing.assert_array_equal(plain.step(action)[0], changed.step(same(action))[0])
 
 
 def test_actuator_wrappers_on_any_environment():

@@ -22,7 +22,8 @@ METHODS = "dma_star_sh dma_star_h dma_star dma dma_pearl concat da dr dma_sh rl_
 METHODS += "no_output_norm critic_into_eta actor_into_eta both_into_eta included terminal fresh apart".split()
 BOUNDS = {  # the largest return: the horizon, where no reward is above 1, unlike in walker_gym and hopper_gym
     "non-overlapping": dict(di_inv=100, di_perm=100, cartpole_inv=1000, cheetah_inv=1000, reacher_easy_inv=1000)
-    | dict(reacher_hard_inv=1000, reacher_hard_perm=1000, ode=200, **{f"ode_{k}": 200 for k in range(1, 21)}),
+    | dict(reacher_hard_inv=1000, reacher_hard_perm=1000, ode=200, **{f"ode_{k}": 200 for k in range(1, 21)})
+    | dict(di_signs=100),
     "overlapping": dict(di_friction=100, ball_in_cup=1000, walker=1000),
 }
 BOUND = BOUNDS["non-overlapping"] | BOUNDS["overlapping"]

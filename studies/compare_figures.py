@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 SIGNS = {"action_factor": {1: "normal", -1: "inverted"}, "swap": {0: "normal", 1: "swapped"}}
+SIGNS |= {f"sign_{axis}": {1: f"{axis} normal", -1: f"{axis} inverted"} for axis in "xy"}
 # Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow, too pale for lines
 COLOURS = "#D55E00 #CC79A7 #0072B2 #56B4E9 #8C6D1F #009E73 #E69F00 #000000".split()
 
