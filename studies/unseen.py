@@ -32,8 +32,7 @@ import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
 METHODS = "dma_star_sh dma_star concat da dr".split()
-PAIRS = list(product((1.0, -1.0), repeat=2))  # of signs along x and y
-LEFT_OUT = {f"di_signs_without_{'mp'[x > 0]}{'mp'[y > 0]}": (x, y) for x, y in PAIRS}
+LEFT_OUT = {f"di_signs_without_{'mp'[x > 0]}{'mp'[y > 0]}": (x, y) for x, y in product((1.0, -1.0), repeat=2)}
 STRENGTHS = (-2, -1.5, -1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1, 1.5, 2)  # of a sign
 POINTS, FAR, ROLLOUTS = 17, 4, 5  # values of another context, how far beyond its limits, episodes at each
 
@@ -47,7 +46,7 @@ def context_sets(env_id, n=20, seed=0, plain=aib_envs.context_sets):
     def signed(name, pairs):
         return [context | {"sign_x": x, "sign_y": y} for context, (x, y) in zip(sets[name], cycle(pairs))]
 
-    kept = [pair for pair in PAIRS if pair != left_out]
+    kept = [pair for pair in LEFT_OUT.values() if pair != left_out]
     return dict(train=signed("train", kept), eval_in=signed("eval_in", kept), eval_out=signed("eval_in", [left_out]))
 
 
@@ -178,7 +177,7 @@ def main(argv=None):
         mode.add_argument("places", nargs="+", metavar="RUN")
         mode.add_argument("--out", type=Path, required=True)
     try:
-        if {"--env", "--resume", "--eval"} & {word.split("=")[0] for word in argv}:
+        if {"--env", "--resume", "--eval"} & {word.split("=")[0] for word in argv} and argv[0] not in modes.choices:
             return dmash.main(argv)
         args, given = parser.parse_known_args(argv)
         if args.mode == "plan":

@@ -1,0 +1,215 @@
+"""Tests of studies/unseen.py."""
+
+import csv
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import unseen
+from test_studies import SMALL, make_run
+
+import aib_envs
+import dmash
+
+PM = "di_signs_without_pm"
+TINY = [*SMALL[2:], *"--K 4 --random-steps 6 --eval-every 2 --rollouts 1 --steps 2".split()]
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pairs(contexts):
+    return [(float(context["sign_x"]), float(context["sign_y"])) for context in contexts]
+
+
+@pytest.mark.parametrize("env, left_out", [(PM, (1, -1)), ("di_signs_without_mp", (-1, 1))])
+def test_one_pair_is_left_out_of_training_and_evaluated_apart(env, left_out):
+    """The others in equal shares; masses of the train range, none in two sets."""
+    for n in (1, 6, 20, 50):
+        sets = unseen.context_sets(env, n)
+        assert [len(contexts) for contexts in sets.values()] == [n] * 3 and list(sets) == list(dmash.SETS)
+        for name in ("train", "eval_in"):
+            counts = {pair: pairs(sets[name]).count(pair) for pair in itertools.product((1, -1), repeat=2)}
+            assert counts.pop(left_out) == 0 and max(counts.values()) - min(counts.values()) <= 1
+        assert set(pairs(sets["eval_out"])) == {left_out}
+        masses = {name: {context["mass"] for context in contexts} for name, contexts in sets.items()}
+        assert all(0.5 <= mass <= 1.5 for mass in set.union(*masses.values()))
+        assert not masses["train"] & masses["eval_out"] and len(masses["eval_out"]) == n
+    assert unseen.context_sets("di_inv") == aib_envs.context_sets("di_inv")
+
+
+def test_a_run_without_a_pair_trains_goes_on_and_is_evaluated(tmp_path, capsys):
+    """With its sets each time; dmash.py, which does not know them, refuses to go on with it."""
+    before, plain = dict(aib_envs.ENVS), aib_envs.context_sets
+    command = ["--env", PM, "--method", "concat", *TINY, "--out", str(tmp_path)]
+    folder = tmp_path / f"{PM}__concat__s1"
+    assert unseen.main(command) == unseen.main([*command, "--go-on"]) == 0
+    assert unseen.main(["--resume", str(folder), "--steps", "4"]) == 0
+    rows, evaluations = read(folder / "per_context.csv"), 2
+    assert len(rows) == evaluations * 3 * 4
+    for row, pair in zip(rows, pairs(rows)):
+        assert (pair == (1, -1)) == (row["set"] == "eval_out")
+    capsys.readouterr()
+    assert unseen.main(["--eval", str(folder), "--per-context", "--threads", "1"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    told = list(csv.DictReader(lines[:-1]))
+    assert head.startswith(f"{PM}, concat") and [row["set"] for row in told[-4:]] == ["eval_out"] * 4
+    assert pairs(told) == pairs(rows[:12])
+    assert aib_envs.ENVS == before and aib_envs.context_sets is plain
+    assert dmash.main(["--resume", str(folder)]) == 2 and PM in capsys.readouterr().err
+
+
+def test_plan_has_each_run_once_and_no_other(capsys):
+    assert unseen.main("plan --seeds 11-13 --quick --threads 1".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(set(lines)) == len(lines) == 4 * 5 * 3
+    assert lines[0].startswith("python studies/unseen.py --env di_signs_without_pp --method dma_star_sh --seed 11 ")
+    assert all("--seed 11 " in line for line in lines[:20]) and lines[-1].endswith("--quick --threads 1 --go-on")
+
+
+def test_report_by_hand(tmp_path, monkeypatch, capsys):
+    """Means over runs, of bootstrap samples that draw seeds within each pair."""
+    for env in unseen.LEFT_OUT:
+        monkeypatch.setitem(aib_envs.ENVS, env, aib_envs.ENVS["di_signs"])
+    for env, seed, level in ((PM, 1, 50), (PM, 2, 70), ("di_signs_without_mm", 1, 30)):
+        make_run(tmp_path / "runs", env, "concat", seed, level)
+    make_run(tmp_path / "runs", PM, "dr", 1, 20)
+    make_run(tmp_path / "runs", PM, "dr", 2, 20, done=5)
+    make_run(tmp_path / "runs", "di_inv", "dr", 1, 99)
+    monkeypatch.setitem(sys.modules, "compare_figures", None)
+    assert unseen.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("4 runs; 2 more") and "no figure is drawn" in text
+    # (2 · 50 + 30) / 3 and (2 · 70 + 30) / 3: in a quarter of the samples each
+    assert "| `concat` | 3 | 2 | 50.0 [43.3, 56.7] | 50.0 [43.3, 56.7] | 46.0 [39.3, 52.7] |" in text
+    assert "| `dr` | 1 | 1 | 20.0 | 20.0 | 16.0 |" in text
+    rows = read(tmp_path / "unseen.csv")
+    assert [(row["env"], row["seed"], row["eval_out"]) for row in rows if row["method"] == "concat"] == [
+        ("di_signs_without_mm", "1", "26"),
+        (PM, "1", "46"),
+        (PM, "2", "66"),
+    ]
+
+
+@pytest.mark.parametrize("env_id", aib_envs.ENVS)
+def test_sweeps_vary_one_dimension_far_beyond_its_ranges(env_id):
+    dims = aib_envs.ENVS[env_id].context
+    panels = {}
+    for panel, context in unseen.sweeps(dims):
+        assert aib_envs.full_context(env_id, context) == context  # accepted as it is
+        panels.setdefault((panel["panel"], panel["varied"]), []).append(context)
+    signs = [dim for dim in dims if dim.binary]
+    for dim in dims:
+        of_dim = [contexts for (_, varied), contexts in panels.items() if varied == dim.name]
+        if dim.only:
+            assert not of_dim
+            continue
+        assert len(of_dim) == 2 ** len([sign for sign in signs if sign is not dim])
+        for contexts in of_dim:
+            values = [context[dim.name] for context in contexts]
+            if dim.binary:
+                assert {0, 0.25, -0.5, 1, -1, 2} <= set(values)
+            else:
+                counted = [unseen.where(dim, value) for value in values]
+                assert set(counted) == {"train range", "extrapolation range", "beyond"}
+                assert min(values) < dim.extrapolation[0] and max(values) > dim.extrapolation[1]
+            others = [{name: value for name, value in c.items() if name != dim.name} for c in contexts]
+            assert all(other == others[0] for other in others) and values == sorted(values)
+            assert all(other.get(d.name, d.default) == d.default for other in others for d in dims if not d.binary)
+    assert len(panels) == len({title for title, _ in panels})
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
+    """Two runs of one method and one of another, whose return would be their seed times mass and sign."""
+    pytest.importorskip("matplotlib") if drawn else monkeypatch.setitem(sys.modules, "compare_figures", None)
+    asked = []
+
+    def loaded(path):
+        cfg = dmash.Config(env="di_inv", method=path[:-1], seed=path[-1])
+        return cfg, type("Agent", (), {"step": 7})
+
+    def evaluate(agent, cfg, contexts, rollouts):
+        asked.append(rollouts)
+        returns = np.array([cfg.seed * (c["mass"] + 1000 * (c["action_factor"] == -1)) for c in contexts])
+        return returns[:, None] + [-1, 1], returns[:, None] < [0, 1]  # (contexts, 2)
+
+    monkeypatch.setattr(dmash, "load_policy", loaded)
+    monkeypatch.setattr(dmash, "evaluate", evaluate)
+    assert unseen.main(["beyond", "dr1", "dr3", "da1", "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert asked == [unseen.ROLLOUTS] * 3 and "di_inv, dr, seed 3, step 7 of 100,000" in text
+    rows = read(tmp_path / "out" / "beyond_di_inv.csv")
+    masses = [float(row["mass"]) for row in rows if row["varied"] == "mass" and row["method"] == "da"]
+    masses = np.array(masses[: len(masses) // 2])
+    inside = masses[(0.5 <= masses) & (masses <= 1.5)].mean()
+    near = masses[((0.1 <= masses) & (masses < 0.5)) | ((1.5 < masses) & (masses <= 2))].mean()
+    far = masses[(masses < 0.1) | (masses > 2)].mean()
+    for sign, more in ((1, 0), (-1, 1000)):
+        table = text.split(f"di_inv: mass, action_factor {sign}\n\n")[1].split("\n\n")[0]
+        assert table.startswith("| method | train range | extrapolation range | beyond |")
+        for method, seed in (("dr", 2), ("da", 1)):  # the mean of seeds 1 and 3
+            cells = " | ".join(f"{seed * (value + more):.1f}" for value in (inside, near, far))
+            assert f"| `{method}` | {cells} |" in table
+    strengths = text.split("di_inv: action_factor\n")[1]
+    assert (
+        strengths.split()[:13:2] == ["|"] * 7 and strengths.split()[3:16:2] == "±0 ±0.1 ±0.25 ±0.5 ±1 ±1.5 ±2".split()
+    )
+    assert "| `da` | 1.0 | 1.0 | 1.0 | 1.0 | 501.0 | 1.0 | 1.0 |" in strengths
+    assert all(float(row["diverged"]) == (float(row["return"]) < 1) for row in rows)
+    assert (tmp_path / "out" / "beyond_di_inv.png").exists() == drawn == ("no figure is drawn" not in text)
+
+
+def test_figures_show_every_run_and_shade_the_ranges(tmp_path):
+    pytest.importorskip("matplotlib")
+    import aer
+    import compare_figures
+
+    spec = aib_envs.ENVS["di_inv"]
+    rows = [
+        {"method": method, "return": level * context["mass"], **panel, **context}
+        for method, level in (("dr", 1), ("dr", 3), ("da", 5))
+        for panel, context in unseen.sweeps(spec.context)
+    ]
+    figure = unseen.draw_beyond(compare_figures, "di_inv", {dim.name: dim for dim in spec.context}, rows)
+    normal, inverted, strength = figure.axes
+    for ax in (normal, inverted):
+        assert {line.get_label(): line.get_ydata()[0] / line.get_xdata()[0] for line in ax.lines} == pytest.approx(
+            {"dr": 2, "da": 5}
+        )
+        ends = [patch.get_extents().transformed(ax.transData.inverted()).intervalx for patch in ax.patches]
+        assert [tuple(end) for end in ends] == [pytest.approx((0.1, 2)), pytest.approx((0.5, 1.5))]
+    marks = [line.get_xdata()[0] for line in strength.lines if len(line.get_xdata()) == 2]
+    assert marks == [-1, 1] and not strength.patches
+
+    runs = [aer.Run(None, {}, [{"eval_in": 10 * i, "eval_out": i}], []) for i in (1, 2)]
+    (ax,) = unseen.draw_report(compare_figures, {"dr": runs, "da": runs[:1]}).axes
+    assert [list(line.get_ydata()) for line in ax.lines] == [[10, 20], [1, 2], [10], [1]]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("", "required: plan | report | beyond | --env ENV"),
+        ("--method dr", "argument plan | report | beyond | --env ENV"),
+        ("plan --seeds 3-1", "--seeds 3-1: must be"),
+        ("plan --seeds 1 --steps 0", "--steps 0: must be"),
+        ("plan --seeds 1 --env di_inv", "--env: not here"),
+        ("report nowhere --out x", "nowhere: no run there"),
+        ("report {runs} --out x", "no finished run of di_signs_without_pp, "),
+        ("report {runs}", "required: --out"),
+        ("report {runs} --out x --rollouts 3", "unrecognized arguments: --rollouts 3"),
+        ("beyond nowhere --out x", "nowhere: no such file"),
+        ("beyond {runs}/di_inv__dr__quick__s1 --out x", "policy.pt: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_run("runs", "di_inv", "dr", 1, 60)
+    assert unseen.main(arguments.format(runs="runs").split()) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("unseen.py: error: ")
+    assert message in said.err and not (tmp_path / "x").exists()
