@@ -190,6 +190,17 @@ def test_figures_show_every_run_and_shade_the_ranges(tmp_path):
     assert [list(line.get_ydata()) for line in ax.lines] == [[10, 20], [1, 2], [10], [1]]
 
 
+def test_the_report_of_compare_shows_each_pair_of_signs_by_itself(tmp_path):
+    pytest.importorskip("matplotlib")
+    import aer
+    import compare_figures
+
+    make_run(tmp_path, "di_signs", "dr", 1, 50)
+    axes = compare_figures.contexts("title", aer.read_runs([tmp_path])).axes
+    titles = [f"x {x}, y {y}" for x in ("normal", "inverted") for y in ("normal", "inverted")]
+    assert [(ax.get_xlabel(), ax.get_title()) for ax in axes] == [("mass", title) for title in titles]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

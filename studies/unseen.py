@@ -3,7 +3,7 @@
     python studies/unseen.py --env di_signs_without_pm --method concat --quick     one run; as long as one of dmash.py
     python studies/unseen.py plan --seeds 11-13 --quick --threads 1                the commands of all runs
     python studies/unseen.py report RUNS... --out results/unseen                   what they came to; seconds
-    python studies/unseen.py beyond RUN... --out results/beyond                    a minute for each run on cartpole
+    python studies/unseen.py beyond RUN... --out results/beyond                    within a minute a run on cartpole
 
 In the paper's evaluation every sign was trained on. `di_signs` has a sign for each axis: an agent trained on three of
 the four pairs knows each sign, but not the fourth pair. The first command line is dmash.py's, with --resume, --go-on
