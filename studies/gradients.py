@@ -1,6 +1,6 @@
 """What would the RL losses teach the encoder and the hypernetwork, and does the dynamics loss pull the same way?
 
-    python studies/gradients.py --env di_inv --method dma_star_sh --quick    a run, a little longer than with dmash.py
+    python studies/gradients.py --env di_inv --method dma_star_sh --quick    a run; a third longer than with dmash.py
     python studies/gradients.py draw RUNS... --out FILE.png                  figure and table of such runs; seconds
 
 The first trains, with the command line of dmash.py; weights and returns are the same, bit for bit. In the 200 updates
@@ -12,12 +12,11 @@ update. Mean E and population variance Var over these updates are a row of gradi
     z_d, phi_d             ‖∇_z L_d‖, ‖∇_φ L_d‖: the dynamics loss (Eq. 1; without dma_pearl's KL term)
     cos_d_pi, cos_pi_Q     cos(∇_η L_d, ∇_η L_π), cos(∇_η L_π, ∇_η L_Q)
 
-∇_z holds a row per sample, each 1/B of what that sample alone would give. ξ is trunk and head of the policy. Where each
-network has a hypernetwork of its own (dma_star_h), η is the policy's, which the critics' ω do not come from, and the
-cosines are empty: there is no η that two losses have in common. Without a hypernetwork all of η is empty.
+∇_z holds a row per sample, of the size of 1/B. ξ is the policy's trunk and head. Where each network has a hypernetwork
+of its own (dma_star_h), η is the policy's, from which the critics' ω do not come, and the cosines are empty: no two
+losses have an η in common. Without a hypernetwork all of η is empty.
 
-Rows are part of the checkpoint: --resume and --go-on of this program keep them and make the missing ones. dmash.py,
-going on with such a run, keeps gradients.csv as it is. Steps per second in metrics.csv include the shadow gradients.
+--resume and --go-on of this program go on with the rows too. metrics.csv counts the shadow gradients' time.
 """
 
 import csv
@@ -154,10 +153,8 @@ def figure(runs):
             if "cos" in name:
                 std = np.sqrt(columns[f"Var_{number}"])
                 ax.fill_between(x, y - std, y + std, color=style(method)["color"], alpha=0.2, linewidth=0)
-    for ax in figure.axes[4:]:
-        ax.set_xlabel("gradient steps")
-    lines, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=3, handlelength=4)
+    figure.supxlabel("gradient steps", fontsize="medium")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=4)
     return figure
 
 
@@ -180,9 +177,8 @@ def draw(folders, out):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] != ["draw"]:
-        before = dmash.Agent, dmash.Run
+        before, dmash.Agent, dmash.Run = (dmash.Agent, dmash.Run), ShadowAgent, ShadowRun
         try:
-            dmash.Agent, dmash.Run = ShadowAgent, ShadowRun
             return dmash.main(argv)
         finally:
             dmash.Agent, dmash.Run = before
