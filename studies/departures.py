@@ -2,13 +2,18 @@
 
     python studies/departures.py --env cartpole_inv --method terminal --quick    one run; as long as one of dmash.py
 
-The command line is dmash.py's, with four methods more. Each is DMA*-SH but for one thing, done as the published code
+The command line is dmash.py's, with five methods more. Four are DMA*-SH but for one thing, done as the published code
 does it (README, "Differences from the published code"):
 
     included    windows of the batch hold the transition to be predicted, as their last entry
     terminal    the time limit is a terminal state in the critics' target
     fresh       encoder and hypernetwork run again, with fresh masks, for the critics and for each step of the policy
     apart       warm-ups act by the mean action, without masks, and stay out of the replay; none among random actions
+
+The fifth tells what it is in actor_into_eta that does the harm: there the policy's loss reaches η through π and through
+the critics, which it may flatter.
+
+    through_pi  as actor_into_eta, but in the critics ω is a constant for the policy's loss
 
 The run folder bears the method's name, so that `studies/compare.py report` sets it beside the others.
 """
@@ -21,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-Replay = dmash.Replay  # as it is, whatever stands in its place later
+Replay, PLAIN_ACTOR_LOSS = dmash.Replay, dmash.actor_loss  # as they are, whatever stands in their place later
 
 
 class IncludedReplay(dmash.Replay):
@@ -60,6 +65,10 @@ class TerminalRollout(dmash.Rollout):
 
 def terminal_critic_loss(pi, Q, Q_target, alpha, told, batch, gamma, plain=dmash.critic_loss):
     return plain(pi, Q, Q_target, alpha, told, batch, gamma * batch.goes_on)
+
+
+def through_pi_actor_loss(pi, Q, alpha, told, batch):
+    return PLAIN_ACTOR_LOSS(pi, lambda s, a, omega: Q(s, a, dmash.stop_gradient(omega)), alpha, told, batch)
 
 
 class FreshAgent(dmash.Agent):
@@ -107,13 +116,15 @@ DEPARTURES = {  # what of dmash.py each replaces
     "terminal": {"Replay": TerminalReplay, "Rollout": TerminalRollout, "critic_loss": terminal_critic_loss},
     "fresh": {"Agent": FreshAgent},
     "apart": {"Replay": ApartReplay, "Rollout": ApartRollout},
+    "through_pi": {"actor_loss": through_pi_actor_loss},
 }
+ROWS = {"through_pi": dmash.METHODS["actor_into_eta"]}  # of the table of methods, where it is not that of DMA*-SH
 
 
 @contextlib.contextmanager
 def departed(method):
     """dmash with the functions and classes of a departure, while the block runs."""
-    dmash.METHODS.setdefault(method, dmash.Method("departure"))
+    dmash.METHODS.setdefault(method, ROWS.get(method, dmash.METHODS["dma_star_sh"])._replace(paper="departure"))
     before = {name: getattr(dmash, name) for name in DEPARTURES[method]}
     try:
         vars(dmash).update(DEPARTURES[method])

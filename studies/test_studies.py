@@ -232,6 +232,27 @@ def test_warm_ups_apart_are_read_but_not_learned_from(departing):
     assert torch.equal(window.sort(1).values, rows.sort(1).values)
 
 
+@pytest.mark.parametrize("departing", ["through_pi"], indirect=True)
+def test_through_pi_teaches_eta_by_the_policys_omega_alone(departing):
+    agent, batch = departing.agent, departing.rollout.replay.sample(64)
+    z, told, _ = agent.tell(batch.tau, batch.c, False)
+
+    def slopes(loss_of, told):
+        """∇_η of a policy loss, of one draw of noise."""
+        torch.manual_seed(0)
+        loss, _ = loss_of(agent.pi, agent.Q, agent.alpha, told, batch)
+        return torch.autograd.grad(loss, list(agent.h.parameters()), retain_graph=True)
+
+    def by_hand(pi, Q, alpha, told, batch):
+        a, logp = pi.sample(batch.s, told)
+        return (alpha * logp - Q(batch.s, a, told.detach()).amin(1)).mean(), None
+
+    found, right, plain = (slopes(f, told) for f in (dmash.actor_loss, by_hand, departures.PLAIN_ACTOR_LOSS))
+    assert agent.reopened("actor", z, None).b_up.requires_grad  # as in actor_into_eta
+    assert all(torch.allclose(x, y) for x, y in zip(found, right))
+    assert not all(torch.allclose(x, y) for x, y in zip(found, plain))
+
+
 @pytest.mark.parametrize("name", departures.DEPARTURES)
 def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(name, tmp_path, capsys):
     command = (
