@@ -146,14 +146,14 @@ def figure(runs):
     figure = Figure(figsize=(15, 6.4), layout="constrained")
     for ax, name in zip(figure.subplots(2, 4, sharex=True).flat, PANELS):
         of, number = name.split("_", 1)
-        ax.set(title=f"{of} {NUMBERS[number]}", **dict(ylim=(-1, 1)) if "cos" in name else dict(yscale="log"))
+        ax.set(title=f"{of} {NUMBERS[number]}", xlabel="gradient steps")
+        ax.set(**dict(ylim=(-1, 1)) if "cos" in name else dict(yscale="log"))
         for method, label, columns in runs:
             x, y = columns["step"], columns[name]
             ax.plot(x, y, **style(method) | {"label": label})
             if "cos" in name:
                 std = np.sqrt(columns[f"Var_{number}"])
                 ax.fill_between(x, y - std, y + std, color=style(method)["color"], alpha=0.2, linewidth=0)
-    figure.supxlabel("gradient steps", fontsize="medium")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=4)
     return figure
 
