@@ -11,7 +11,7 @@ import torch
 TINY = dict(
     a1=partial(theory.a1, steps=200, n=129),
     a2=theory.a2,
-    a5=partial(theory.a5, steps=300, m=4, restarts=5),
+    a5=partial(theory.a5, steps=600, m=4, restarts=4),
     a6=partial(theory.a6, steps=300, networks=2, n=2000),
     a15=partial(theory.a15, steps=140, n=300),
     a17=partial(theory.a17, steps=(0, 200), n=30),
@@ -36,6 +36,7 @@ def numbers(tmp_path_factory):
 
 
 def test_the_program_writes_the_text_and_a_figure_of_each_theorem(numbers):
+    pytest.importorskip("matplotlib")
     text = (numbers["out"] / "theory.txt").read_text(encoding="utf-8")
     assert [block.split()[0] for block in text.strip().split("\n\n")] == list(TINY)
     for name in TINY:
@@ -72,7 +73,7 @@ def test_a5_a_bottleneck_passes_its_width_and_no_more(numbers):
     assert all(rank <= k for rank, k in zip(ranks, [1, 2, 4, 8, 16, 32])) and ranks[:3] == [1, 2, 4]
     floor = [max(1 - k / 4, 0) for k in range(1, 9)]
     assert all(x > 0.98 * least for x, least in zip(near, floor))  # second moments of 20,000 numbers: 1 %
-    assert near[3] < 0.05 < near[2] and far[3] > 0.1  # m units do in the range, not beyond it
+    assert near[3] < 0.1 < near[2] and far[3] > 0.1  # m units do in the range, not beyond it
 
 
 def test_a6_equal_parameters_and_noise_that_reaches_the_output_in_proportion(numbers):
@@ -117,6 +118,7 @@ def test_a17_the_bound_holds_and_is_lower_without_noise_and_without_u(numbers):
         variance, inner, bound, variance2, inner2, bound2 = rows[i : i + 6]
         assert (variance <= bound).all() and (variance2 <= bound2).all() and (bound2 < bound).all()
         assert (inner < variance).all() and (inner2 < variance2).all()
+    assert rows[10][0] > 1.1 * rows[7][0]  # but V₀ is no constant: what Z told of U goes over into it
 
 
 @pytest.mark.parametrize(

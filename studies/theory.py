@@ -116,9 +116,9 @@ def a2(seed, m=64):
 
 
 def a5(seed, steps=2000, m=8, restarts=3):
-    """A.5: a bottleneck of width k passes maps of rank k. g(x; ω) - b_up lies in the span of k rows of W_up: of -2x, x
-    isotropic in R^m, it misses 1 - k/m or more. Within a range m units miss nothing, ReLU(x + 1) - 1 being x for |x| ≤
-    1. Everywhere it takes 2 m (a2): far out, the units on at x and at -x are others, and each must span R^m."""
+    """A.5: a bottleneck of width k passes maps of rank k; two units do for s·z (a1). g(x; ω) - b_up lies in the span of
+    k rows of W_up: of -2x, x isotropic in R^m, it misses 1 - k/m or more. Within a range m units miss nothing: x is
+    ReLU(x + 1) - 1 for |x| ≤ 1. Everywhere it takes 2 m (a2): far out, the units on at x and at -x are not the same."""
     widths, ranks, missed = [1, 2, 4, 8, 16, 32], [], []
     for k in widths:
         omega = dmash.Hypernetwork(d_x=64, bottleneck=k).double()(torch.randn(1, 8).double())
@@ -174,7 +174,8 @@ def a6(seed, steps=1000, networks=8, n=10000):
             profiles.setdefault(kind, (line[::20], y.mean(0)[::20], y.std(0)[::20]))
         axes = dict(xscale="log", yscale="log", xlabel="noise σ", ylabel="E|f(s, z + σε) − s·z|, mean and s.d.")
         panels.append((axes | dict(title=f"trained on {task}"), curves))
-    return numbers, [*panels, (dict(xlabel="z", ylabel="f(1, z), mean and s.d.", title="trained on z = ±1"), profiles)]
+    axes = dict(xlabel="z", ylabel="f(1, z), mean and s.d.", title="trained on z = ±1", ylim=(-1.5, 2.7))
+    return numbers, [*panels, (axes, profiles)]
 
 
 def variability(z, s, c):
@@ -232,17 +233,18 @@ class Steering(nn.Module):
 def a17(seed, steps=(0, 100, 300, 1000), n=200):
     """A.17, A.18: if tr Cov(G_Z) ≤ V₀ + L_m² tr Cov(Z), less noise and less of U in Z lower the bound. V₀ is E tr
     Cov(G | Z) and L_m the Lipschitz constant of E[G | Z], each the larger of Z = (S, U / 2, noise / 2) and its mean per
-    mode. The policy learns with Z; with the means, G is that of the same policy and the same random numbers."""
+    mode, which lets I(U; Z) fall from ln 5 to 0. The policy learns with Z; with the means, G is of the same policy and
+    the same random numbers."""
     five, row = torch.linspace(-1, 1, 5), np.arange(50).repeat(n)
     c, panels = torch.cartesian_prod(torch.tensor([-1.0, 1.0]), five, five), []  # S, U, noise: 50 rows, equally likely
     codes = {"Z": c * torch.tensor([1, 0.5, 0.5]), "mean per mode": c * torch.tensor([1, 0, 0])}
     of_z = np.array([z.var(0, correction=0).sum() for z in codes.values()])
-    numbers = {"tr Cov(Z), of Z and its mean per mode": of_z}
+    numbers = {"tr Cov(Z), of Z and of its mean per mode": of_z}
     for kappa, title in ((0, "U without effect"), (0.8, "strength 1 + .8 U")):
         model, found, curves = Steering(kappa), [], {}
         one = grad(lambda p, s, z, c: functional_call(model, p, (s[None], z[None], c[None])))
         every = vmap(vmap(one, (None, 0, None, None), randomness="different"), (None, None, 0, 0), randomness="same")
-        some = lambda: (uniform(128, 1), *(x[i] for i in [torch.randint(50, (128,))] for x in (codes["Z"], c)))
+        some = lambda: (uniform(128, 1), codes["Z"][i := torch.randint(50, (128,))], c[i])
         for before, after in zip((0, *steps), steps):
             train(model.pi.parameters(), model, some, after - before, 3e-3)
             p = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
