@@ -1,0 +1,249 @@
+"""What does an agent do when its motor is reversed under way? A film: an animated GIF, contexts side by side.
+
+    python studies/film.py RUN [--out FILE.gif] [--contexts length=.5,action_factor=-1 ...] [--seconds N] [--seed N]
+
+RUN is a run folder or a policy file. In each context (default: both modes, all else at its default) the agent begins an
+episode as in an evaluation, its window full of transitions of that context. Half way the context becomes its mirror
+image (the other sign or swap; where there is none, the other end of the first context's train range): body and window
+stay, and no weight changes. Below each picture: the code z, eight numbers over time, where the agent infers one; the
+action; the return so far. Prints the return before and after the switch. Needs matplotlib. Half a minute.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from adaptation import mirrored, mirrored_dim, switch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import aib_envs  # noqa: E402
+import dmash  # noqa: E402
+
+FRAMES, FPS, HOLD = 200, 25, 1500  # of a film at most, per second, and ms of the last one
+MOST = 4  # contexts that are legible side by side
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # of modes, in the order in which they appear
+
+
+class Film(NamedTuple):
+    """T steps in N contexts. The switch comes before step T // 2."""
+
+    contexts: list  # at each step, N dicts
+    pictures: list  # at each step, N pairs of a View and Shapes
+    z: np.ndarray  # (T, N, d_z), or None
+    a: np.ndarray  # (T, N, d_a)
+    r: np.ndarray  # (T, N)
+
+
+def shoot(agent, contexts, steps, seed):
+    """Acts. All instances start in the same state, as far as it does not depend on the context."""
+    envs = aib_envs.VectorEnv(agent.cfg.env, contexts, seed)
+    envs.rngs = [np.random.default_rng(seed) for _ in contexts]
+    rollout, rows = dmash.Rollout(agent, envs, noisy=False), []
+    rollout.begin_episode()
+    for t in range(steps):
+        if t == steps // 2:
+            switch(rollout)
+        with torch.no_grad():
+            z, _, _ = agent.tell(rollout.replay.latest(False), rollout.replay.c, False)
+        pictures = [envs.task.picture(i) for i in range(envs.N)]
+        _, a, r, _ = rollout.step()
+        rows.append((envs.task.contexts, pictures, z, a, r))
+    contexts, pictures, *numbers = zip(*rows)
+    return Film(contexts, pictures, *(None if x[0] is None else torch.stack(x).numpy() for x in numbers))
+
+
+# ---- Pictures ---------------------------------------------------------------------------------------------------
+
+
+def outline(shape):
+    """The polygon of a line with round ends, (32, 2)."""
+    along = shape.end - shape.start
+    angles = np.arctan2(along[1], along[0]) + np.linspace(np.pi / 2, 3 * np.pi / 2, 16)
+    half = shape.radius * np.stack([np.cos(angles), np.sin(angles)], -1)
+    return np.concatenate([shape.start + half, shape.end - half])
+
+
+def boxes(film, ratio):
+    """What the pictures show at each step, (T, N, 2, 2): lower left and upper right corners, `ratio` times as wide as
+    high. All that ever moves, always; or, of what goes far, the environment's own view, which follows."""
+    width = film.pictures[0][0][0].width
+    shapes = [shape for row in film.pictures for _, shapes in row for shape in shapes]
+    points = np.concatenate([outline(s) for s in shapes if np.hypot(*(s.end - s.start)) < 5 * width])  # no ground
+    low, high = points.min(0), points.max(0)
+    if max(high - low) < 1.5 * width:
+        centres, size = np.broadcast_to((low + high) / 2, (*film.r.shape, 2)), 1.1 * (high - low)
+    else:
+        centres, size = np.array([[view.centre for view, _ in row] for row in film.pictures]), np.full(2, width)
+    size = np.maximum(size, size[::-1] * (ratio, 1 / ratio))
+    return np.stack([centres - size / 2, centres + size / 2], -2)
+
+
+def label(context):
+    """The context in words, the mode first."""
+    from compare_figures import SIGNS
+
+    words = [SIGNS[name][value] if name in SIGNS else f"{name} {value:.3g}" for name, value in context.items()]
+    return ", ".join(sorted(words, key=lambda word: word not in ("normal", "inverted", "swapped")))
+
+
+def frames(film, cfg, title):
+    """Yields the picture (height, width, 3) of each frame."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PolyCollection
+    from matplotlib.figure import Figure
+
+    (T, N), dim, dt = film.r.shape, mirrored_dim(cfg.env), aib_envs.lookup(cfg.env).cls([film.contexts[0][0]]).dt
+    rows = ["picture", *["z"] * (film.z is not None), "action", "return"]
+    figure = Figure(figsize=(9, 2.4 + len(rows)), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    ratios = [{"picture": 3.0, "z": 1.4}.get(name, 1) for name in rows]
+    grid = figure.subplots(len(rows), N, squeeze=False, sharey="row", height_ratios=ratios)
+    axes = [dict(zip(rows, column)) for column in grid.T]
+    figure.suptitle(title, fontsize=13)
+    modes = list(dict.fromkeys(c[dim.name] for row in (film.contexts[0], film.contexts[-1]) for c in row))
+    returns, half = film.r.cumsum(0), T // 2
+    for i, ax in enumerate(axes):
+        for name in rows[1:]:
+            ax[name].set_xlim(0, T * dt)
+            ax[name].tick_params(labelbottom=name == rows[-1])
+        ax["return"].set(xlabel="time, s", ylim=(min(0, returns.min()), 1.2 * max(returns.max(), 1e-9)))
+        ax["action"].set_ylim(-1.15, 1.15)
+        ax["picture"].set_title(" ", fontsize=14, fontweight="bold")
+        ax["picture"].tick_params(left=False, labelleft=False)
+        ax["picture"].set_xlabel("position, m")
+        if i == 0:
+            for name in rows[1:]:
+                ax[name].set_ylabel(name, fontsize=12)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # lest anything moves from now on
+    size = axes[0]["picture"].get_window_extent()
+    corners = boxes(film, size.width / size.height)
+    lines, images, bodies, marks, banners, numbers = [], [], [], [], [], []
+    for i, ax in enumerate(axes):
+        bodies.append(ax["picture"].add_collection(PolyCollection([])))
+        place = dict(transform=ax["picture"].transAxes, va="top", fontsize=14, fontweight="bold")
+        banners.append(ax["picture"].text(0.03, 0.93, "", color="white", **place))
+        numbers.append(ax["return"].text(0.02, 0.9, "", transform=ax["return"].transAxes, va="top", fontsize=11))
+        for name, values in (("action", film.a), ("return", returns[..., None])):
+            for j in range(values.shape[-1]):
+                for part in (slice(0, half), slice(half, T)):  # each in the colour of its mode
+                    colour = COLOURS[modes.index(film.contexts[part.start][i][dim.name]) % len(COLOURS)]
+                    (line,) = ax[name].plot([], [], color=colour, linewidth=1.6, alpha=1 - 0.7 * j / values.shape[-1])
+                    lines.append((line, part, values[:, i, j]))
+        if film.z is not None:
+            extent = 0, T * dt, film.z.shape[-1] + 0.5, 0.5
+            look = dict(cmap="viridis", vmin=film.z.min(), vmax=film.z.max(), interpolation="nearest")
+            images.append(ax["z"].imshow(np.zeros((1, 1)), aspect="auto", extent=extent, **look))
+            ax["z"].set_yticks([1, film.z.shape[-1]])
+        marks += [ax[name].axvline(half * dt, color="black", linestyle="--", visible=False) for name in rows[1:]]
+    for t in range(0, T, -(-T // FRAMES)):
+        for line, part, values in lines:
+            times = np.arange(part.start, max(part.start, min(part.stop, t + 1)))
+            line.set_data(times * dt, values[times])
+        for i, image in enumerate(images):
+            image.set_data(np.ma.masked_array(film.z[:, i].T, np.broadcast_to(np.arange(T) > t, film.z[:, i].T.shape)))
+        for i, ax in enumerate(axes):
+            context = film.contexts[t][i]
+            colour = COLOURS[modes.index(context[dim.name]) % len(COLOURS)]
+            shapes = film.pictures[t][i][1]
+            bodies[i].set_verts([outline(shape) for shape in shapes])
+            bodies[i].set_facecolor([np.array(shape.colour) / 255 for shape in shapes])
+            (left, bottom), (right, top) = corners[t, i]
+            ax["picture"].set(xlim=(left, right), ylim=(bottom, top))
+            ax["picture"].title.set(text=label(context), color=colour)
+            numbers[i].set_text(f"{returns[t, i]:.0f}")
+            for spine in ax["picture"].spines.values():
+                spine.set(color=colour, linewidth=3)
+            flash = half <= t < half + T // 8
+            banners[i].set_text("SWITCH" if flash else "")
+            banners[i].set_bbox(dict(facecolor=colour, edgecolor="none", boxstyle="round") if flash else None)
+        for mark in marks:
+            mark.set_visible(t >= half)
+        canvas.draw()
+        yield np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save(pictures, path):
+    """One palette for all frames, without dithering: what stands still does not flicker."""
+    from PIL import Image
+
+    some = np.concatenate(pictures[:: max(1, len(pictures) // 8)] + pictures[-1:])
+    palette = Image.fromarray(some).quantize(96)
+    images = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+    duration = [1000 // FPS] * (len(images) - 1) + [HOLD]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
+
+
+# ---- Command line -----------------------------------------------------------------------------------------------
+
+
+def contexts_from(texts, env_id):
+    """Contexts from words such as length=.5,action_factor=-1; by default the default one and its mirror image."""
+    dim = mirrored_dim(env_id)
+    first = aib_envs.full_context(env_id, {} if dim.binary else {dim.name: dim.train[0]})
+    if texts is None:
+        return [first, mirrored(env_id, first)]
+    if len(texts) > MOST:
+        raise dmash.BadInput(f"--contexts: {len(texts)} of them; allowed: up to {MOST}")
+    pairs = [[word.partition("=") for word in text.split(",")] for text in texts]
+    return [aib_envs.full_context(env_id, {name: float(value) for name, _, value in of}) for of in pairs]
+
+
+def run_command(args):
+    import matplotlib  # noqa: F401  (before anything takes time)
+
+    path = Path(args.out or (Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent) / "film.gif")
+    if path.suffix != ".gif":
+        raise dmash.BadInput(f"--out {path}: must end in .gif")
+    cfg, agent = dmash.load_policy(args.run)
+    spec = aib_envs.lookup(cfg.env)
+    try:
+        contexts = contexts_from(args.contexts, cfg.env)
+        task = spec.cls(contexts)
+        task.reset([np.random.default_rng(0)] * len(contexts))
+        task.picture(0)
+    except ValueError as error:
+        raise dmash.BadInput(f"{args.run}, --contexts {args.contexts}: {dmash.one_line(error)}") from None
+    longest = round(spec.horizon * task.dt, 6)
+    seconds = min(400 * task.dt, longest) if args.seconds is None else args.seconds
+    steps = round(dmash.number("--seconds", seconds, float, f"[{2 * task.dt}, {longest}]") / task.dt)
+    seed = dmash.number("--seed", args.seed, int, "[0, 4294967295]")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    film = shoot(agent, contexts, steps, seed)
+    speed = -(-steps // FRAMES) * task.dt * FPS
+    title = f"{agent.method.paper} on {cfg.env}, weights fixed: a switch at {steps // 2 * task.dt:.2g} s"
+    title += f" (speed × {speed:.2g})"
+    save(list(frames(film, cfg, title)), path)
+    for i, (before, after) in enumerate(zip(film.contexts[0], film.contexts[-1])):
+        a, b = film.r[: steps // 2, i].sum(), film.r[steps // 2 :, i].sum()
+        print(f"{label(before)}: return {a:.1f} in {steps // 2} steps; then {label(after)}: {b:.1f}")
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0; 2 for bad input or a file that cannot be used, told in one line."""
+    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = dmash.Parser("film.py", description=__doc__, **layout)
+    parser.add_argument("run", metavar="RUN", help="run folder or policy file")
+    parser.add_argument("--out", metavar="FILE.gif", help="default: film.gif beside the policy")
+    parser.add_argument("--contexts", nargs="+", metavar="NAME=VALUE,...", help=f"up to {MOST}; default: both modes")
+    parser.add_argument("--seconds", help="of simulated time (default: 400 steps, or the whole episode)")
+    parser.add_argument("--seed", default=0, help="of the initial state (default: %(default)s)")
+    try:
+        run_command(parser.parse_args(argv))
+        return 0
+    except (dmash.BadInput, aib_envs.BadEnvironment) as error:
+        message = str(error).removeprefix("--eval ")  # of load_policy
+    except ImportError as error:
+        message = f"a film needs matplotlib ({error})"
+    except OSError as error:
+        message = f"{error.filename or 'output'}: {error.strerror}"
+    print(f"film.py: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
