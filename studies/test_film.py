@@ -196,10 +196,12 @@ def test_a_film_shows_the_switch_and_holds_still(saved, tmp_path, monkeypatch, c
     assert len(np.unique(pictures[0][:25].reshape(-1, 3), axis=0)) > 1  # the heading
     for a in pictures[1:]:
         assert (a[:25] == pictures[0][:25]).all() and (a[-20:] == pictures[0][-20:]).all()  # heading, axes' labels
-    left, right = np.array(pictures)[:, 25:270, :450], np.array(pictures)[:, 25:270, 450:]
-    for half in (left, right):  # the frame of the picture changes its colour at the switch
-        changed = [(np.abs(half[t + 1] - half[t]).sum(-1) > 150).sum() for t in range(5)]
-        assert np.argmax(changed) == 2 and changed[2] > 2 * max(changed[:2] + changed[3:]), changed
+    modes = [(0, 114, 178)] * 3 + [(213, 94, 0)] * 3  # COLOURS[0] and [1], up to the palette
+    for half, expected in ((slice(0, 400), modes), (slice(470, 900), modes[::-1])):
+        for picture, colour in zip(pictures, expected):
+            across = picture[160, half]  # the first that is not white on a line across is the picture's left edge
+            edge = across[np.argmax(across.sum(-1) < 500) + 1]
+            assert np.abs(edge - colour).max() < 40, (edge, colour)
 
 
 @pytest.mark.parametrize("method, there", [("dma_star_sh", True), ("dr", False), ("concat", False)])
