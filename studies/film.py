@@ -11,6 +11,7 @@ action; the return so far. Prints the return before and after the switch. Needs 
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
 FRAMES, FPS, HOLD = 200, 25, 1500  # of a film at most, per second, and ms of the last one
-MOST = 4  # contexts that are legible side by side
+MOST = 4  # contexts side by side
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # of modes, in the order in which they appear
 
 
@@ -48,8 +49,7 @@ def shoot(agent, contexts, steps, seed):
             switch(rollout)
         with torch.no_grad():
             z, _, _ = agent.tell(rollout.replay.latest(False), rollout.replay.c, False)
-        pictures = [envs.task.picture(i) for i in range(envs.N)]
-        _, a, r, _ = rollout.step()
+        pictures, (_, a, r, _) = [envs.task.picture(i) for i in range(envs.N)], rollout.step()
         rows.append((envs.task.contexts, pictures, z, a, r))
     contexts, pictures, *numbers = zip(*rows)
     return Film(contexts, pictures, *(None if x[0] is None else torch.stack(x).numpy() for x in numbers))
@@ -85,94 +85,96 @@ def label(context):
     """The context in words, the mode first."""
     from compare_figures import SIGNS
 
-    words = [SIGNS[name][value] if name in SIGNS else f"{name} {value:.3g}" for name, value in context.items()]
-    return ", ".join(sorted(words, key=lambda word: word not in ("normal", "inverted", "swapped")))
+    names = sorted(context, key=lambda name: name not in SIGNS)
+    return ", ".join(SIGNS.get(name, {}).get(context[name], f"{name} {context[name]:.3g}") for name in names)
 
 
-def frames(film, cfg, title):
-    """Yields the picture (height, width, 3) of each frame."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.collections import PolyCollection
-    from matplotlib.figure import Figure
+class Screen:
+    """The figure of a film, a column per context; `at` draws it as it stands after step t."""
 
-    (T, N), dim, dt = film.r.shape, mirrored_dim(cfg.env), aib_envs.lookup(cfg.env).cls([film.contexts[0][0]]).dt
-    rows = ["picture", *["z"] * (film.z is not None), "action", "return"]
-    figure = Figure(figsize=(9, 2.4 + len(rows)), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    ratios = [{"picture": 3.0, "z": 1.4}.get(name, 1) for name in rows]
-    grid = figure.subplots(len(rows), N, squeeze=False, sharey="row", height_ratios=ratios)
-    axes = [dict(zip(rows, column)) for column in grid.T]
-    figure.suptitle(title, fontsize=13)
-    modes = list(dict.fromkeys(c[dim.name] for row in (film.contexts[0], film.contexts[-1]) for c in row))
-    returns, half = film.r.cumsum(0), T // 2
-    for i, ax in enumerate(axes):
-        for name in rows[1:]:
-            ax[name].set_xlim(0, T * dt)
-            ax[name].tick_params(labelbottom=name == rows[-1])
-        ax["return"].set(xlabel="time, s", ylim=(min(0, returns.min()), 1.2 * max(returns.max(), 1e-9)))
-        ax["action"].set_ylim(-1.15, 1.15)
-        ax["picture"].set_title(" ", fontsize=14, fontweight="bold")
-        ax["picture"].tick_params(left=False, labelleft=False)
-        ax["picture"].set_xlabel("position, m")
-        if i == 0:
-            for name in rows[1:]:
-                ax[name].set_ylabel(name, fontsize=12)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # lest anything moves from now on
-    size = axes[0]["picture"].get_window_extent()
-    corners = boxes(film, size.width / size.height)
-    lines, images, bodies, marks, banners, numbers = [], [], [], [], [], []
-    for i, ax in enumerate(axes):
-        bodies.append(ax["picture"].add_collection(PolyCollection([])))
-        place = dict(transform=ax["picture"].transAxes, va="top", fontsize=14, fontweight="bold")
-        banners.append(ax["picture"].text(0.03, 0.93, "", color="white", **place))
-        numbers.append(ax["return"].text(0.02, 0.9, "", transform=ax["return"].transAxes, va="top", fontsize=11))
-        for name, values in (("action", film.a), ("return", returns[..., None])):
-            for j in range(values.shape[-1]):
-                for part in (slice(0, half), slice(half, T)):  # each in the colour of its mode
-                    colour = COLOURS[modes.index(film.contexts[part.start][i][dim.name]) % len(COLOURS)]
-                    (line,) = ax[name].plot([], [], color=colour, linewidth=1.6, alpha=1 - 0.7 * j / values.shape[-1])
-                    lines.append((line, part, values[:, i, j]))
-        if film.z is not None:
-            extent = 0, T * dt, film.z.shape[-1] + 0.5, 0.5
-            look = dict(cmap="viridis", vmin=film.z.min(), vmax=film.z.max(), interpolation="nearest")
-            images.append(ax["z"].imshow(np.zeros((1, 1)), aspect="auto", extent=extent, **look))
-            ax["z"].set_yticks([1, film.z.shape[-1]])
-        marks += [ax[name].axvline(half * dt, color="black", linestyle="--", visible=False) for name in rows[1:]]
-    for t in range(0, T, -(-T // FRAMES)):
-        for line, part, values in lines:
-            times = np.arange(part.start, max(part.start, min(part.stop, t + 1)))
-            line.set_data(times * dt, values[times])
-        for i, image in enumerate(images):
-            image.set_data(np.ma.masked_array(film.z[:, i].T, np.broadcast_to(np.arange(T) > t, film.z[:, i].T.shape)))
-        for i, ax in enumerate(axes):
-            context = film.contexts[t][i]
-            colour = COLOURS[modes.index(context[dim.name]) % len(COLOURS)]
-            shapes = film.pictures[t][i][1]
-            bodies[i].set_verts([outline(shape) for shape in shapes])
-            bodies[i].set_facecolor([np.array(shape.colour) / 255 for shape in shapes])
-            (left, bottom), (right, top) = corners[t, i]
-            ax["picture"].set(xlim=(left, right), ylim=(bottom, top))
-            ax["picture"].title.set(text=label(context), color=colour)
-            numbers[i].set_text(f"{returns[t, i]:.0f}")
-            for spine in ax["picture"].spines.values():
+    def __init__(self, film, env_id, dt, title):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.collections import PolyCollection
+        from matplotlib.figure import Figure
+
+        T, N = film.r.shape
+        self.film, self.dt, self.half, self.dim = film, dt, T // 2, mirrored_dim(env_id).name
+        self.modes = list(dict.fromkeys(c[self.dim] for t in (0, -1) for c in film.contexts[t]))
+        self.returns = film.r.cumsum(0)  # (T, N)
+        rows = {"picture": 3} | ({} if film.z is None else {"z": 1.4}) | {"action": 1, "return": 1}  # and heights
+        figure = Figure(figsize=(9, 2.4 + len(rows)), dpi=100, layout="constrained")
+        self.canvas = FigureCanvasAgg(figure)
+        grid = figure.subplots(len(rows), N, squeeze=False, sharey="row", height_ratios=[*rows.values()])
+        self.axes = [dict(zip(rows, column)) for column in grid.T]
+        figure.suptitle(title, fontsize=13)
+        low, high = min(0, self.returns.min()), max(self.returns.max(), 1e-9)
+        for ax in self.axes:
+            ax["picture"].set_title(" ", fontsize=14, fontweight="bold")
+            ax["picture"].set_xlabel("position, m")
+            ax["picture"].tick_params(left=False, labelleft=False)
+            ax["action"].set_ylim(-1.15, 1.15)
+            ax["return"].set(xlabel="time, s", ylim=(low, high + 0.2 * (high - low)))
+            for name in list(rows)[1:]:
+                ax[name].set_xlim(0, T * dt)
+                ax[name].tick_params(labelbottom=name == "return")
+                self.axes[0][name].set_ylabel(name, fontsize=12)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # lest anything moves from now on
+        size = self.axes[0]["picture"].get_window_extent()
+        self.boxes = boxes(film, size.width / size.height)
+        self.bodies = [ax["picture"].add_collection(PolyCollection([])) for ax in self.axes]
+        write = lambda ax, **how: ax.text(0.02, 0.92, "", transform=ax.transAxes, va="top", **how)
+        self.banners = [write(ax["picture"], color="white", fontsize=14, fontweight="bold") for ax in self.axes]
+        self.numbers = [write(ax["return"], fontsize=11) for ax in self.axes]
+        self.lines, self.images, self.marks = [], [], []
+        for i, ax in enumerate(self.axes):
+            for name, values in (("action", film.a[:, i]), ("return", self.returns[:, [i]])):
+                for j, part in product(range(values.shape[1]), (range(self.half), range(self.half, T))):
+                    look = dict(color=self.colour(part.start, i), alpha=0.4 if j else 1.0, linewidth=1.6)
+                    self.lines.append((*ax[name].plot([], [], **look), part, values[:, j]))
+            if film.z is not None:
+                d_z, look = film.z.shape[-1], dict(vmin=film.z.min(), vmax=film.z.max(), interpolation="nearest")
+                extent = 0, T * dt, d_z + 0.5, 0.5
+                self.images.append(ax["z"].imshow(np.zeros((1, 1)), aspect="auto", extent=extent, **look))
+                ax["z"].set_yticks([1, d_z])
+            self.marks += [ax[name].axvline(self.half * dt, color="black", linestyle="--") for name in list(rows)[1:]]
+
+    def colour(self, t, i):
+        return COLOURS[self.modes.index(self.film.contexts[t][i][self.dim]) % len(COLOURS)]
+
+    def at(self, t):
+        """An array (height, width, 3)."""
+        for line, part, values in self.lines:
+            times = np.array(part[: max(0, t + 1 - part.start)], dtype=int)
+            line.set_data(times * self.dt, values[times])
+        for i, image in enumerate(self.images):
+            z = self.film.z[:, i].T  # (d_z, T)
+            image.set_data(np.ma.masked_array(z, np.broadcast_to(np.arange(z.shape[1]) > t, z.shape)))
+        for mark in self.marks:
+            mark.set_visible(t >= self.half)
+        flash = self.half <= t < 1.25 * self.half
+        for i, ax in enumerate(self.axes):
+            ax, colour, (_, shapes) = ax["picture"], self.colour(t, i), self.film.pictures[t][i]
+            self.bodies[i].set_verts([outline(shape) for shape in shapes])
+            self.bodies[i].set_facecolor([np.array(shape.colour) / 255 for shape in shapes])
+            (left, bottom), (right, top) = self.boxes[t, i]
+            ax.set(xlim=(left, right), ylim=(bottom, top))
+            ax.title.set(text=label(self.film.contexts[t][i]), color=colour)
+            for spine in ax.spines.values():
                 spine.set(color=colour, linewidth=3)
-            flash = half <= t < half + T // 8
-            banners[i].set_text("SWITCH" if flash else "")
-            banners[i].set_bbox(dict(facecolor=colour, edgecolor="none", boxstyle="round") if flash else None)
-        for mark in marks:
-            mark.set_visible(t >= half)
-        canvas.draw()
-        yield np.asarray(canvas.buffer_rgba())[..., :3].copy()
+            self.banners[i].set(text="SWITCH" * flash, bbox=dict(facecolor=colour, edgecolor="none") if flash else None)
+            self.numbers[i].set_text(f"{self.returns[t, i]:.0f}")
+        self.canvas.draw()
+        return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
 
-def save(pictures, path):
+def save(screen, T, path):
     """One palette for all frames, without dithering: what stands still does not flicker."""
     from PIL import Image
 
-    some = np.concatenate(pictures[:: max(1, len(pictures) // 8)] + pictures[-1:])
-    palette = Image.fromarray(some).quantize(96)
-    images = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+    some = Image.fromarray(np.concatenate([screen.at(t) for t in (0, T // 2, T - 1)])).quantize(96)
+    still = dict(palette=some, dither=Image.Dither.NONE)
+    images = [Image.fromarray(screen.at(t)).quantize(**still) for t in range(0, T, -(-T // FRAMES))]
     duration = [1000 // FPS] * (len(images) - 1) + [HOLD]
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
 
@@ -187,7 +189,7 @@ def contexts_from(texts, env_id):
     if texts is None:
         return [first, mirrored(env_id, first)]
     if len(texts) > MOST:
-        raise dmash.BadInput(f"--contexts: {len(texts)} of them; allowed: up to {MOST}")
+        raise ValueError(f"{len(texts)} contexts; allowed: up to {MOST}")
     pairs = [[word.partition("=") for word in text.split(",")] for text in texts]
     return [aib_envs.full_context(env_id, {name: float(value) for name, _, value in of}) for of in pairs]
 
@@ -213,13 +215,12 @@ def run_command(args):
     seed = dmash.number("--seed", args.seed, int, "[0, 4294967295]")
     path.parent.mkdir(parents=True, exist_ok=True)
     film = shoot(agent, contexts, steps, seed)
-    speed = -(-steps // FRAMES) * task.dt * FPS
-    title = f"{agent.method.paper} on {cfg.env}, weights fixed: a switch at {steps // 2 * task.dt:.2g} s"
-    title += f" (speed × {speed:.2g})"
-    save(list(frames(film, cfg, title)), path)
+    half, speed = steps // 2, -(-steps // FRAMES) * task.dt * FPS
+    title = f"{agent.method.paper} on {cfg.env}, weights fixed: switch at {half * task.dt:.2g} s (speed × {speed:.2g})"
+    save(Screen(film, cfg.env, task.dt, title), steps, path)
     for i, (before, after) in enumerate(zip(film.contexts[0], film.contexts[-1])):
-        a, b = film.r[: steps // 2, i].sum(), film.r[steps // 2 :, i].sum()
-        print(f"{label(before)}: return {a:.1f} in {steps // 2} steps; then {label(after)}: {b:.1f}")
+        a, b = film.r[:half, i].sum(), film.r[half:, i].sum()
+        print(f"{label(before)}: return {a:.1f} in {half} steps; then {label(after)}: {b:.1f} in {steps - half}")
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
