@@ -174,8 +174,7 @@ def save(screen, T, path):
 
     some = np.concatenate([screen.at(t) for t in (0, T // 2, T - 1)])
     palette = Image.fromarray(some).quantize(128, Image.Quantize.MAXCOVERAGE)
-    still = dict(palette=palette, dither=Image.Dither.NONE)
-    images = [Image.fromarray(screen.at(t)).quantize(**still) for t in range(0, T, -(-T // FRAMES))]
+    images = [Image.fromarray(screen.at(t)).quantize(palette=palette, dither=0) for t in range(0, T, -(-T // FRAMES))]
     duration = [1000 // FPS] * (len(images) - 1) + [HOLD]
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
 
