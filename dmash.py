@@ -299,15 +299,12 @@ class Batch(NamedTuple):
     tau: torch.Tensor  # (B, L, 2 d_s + d_a); None where there is no encoder
     c: torch.Tensor  # (N, d_c), the true contexts, for the methods that are told
 
-    @property
-    def s2(self):
-        return self.s + self.ds
+    s2 = property(lambda batch: batch.s + batch.ds)  # (B, d_s)
 
 
 def dynamics_loss(f, told, batch):
     """Eq. 1: ‖δŝ - δs‖², mean over samples and dimensions. In DMA*-SH the only loss that reaches φ and η, through ω."""
-    s, a, ds = batch.s, batch.a, batch.ds
-    return F.mse_loss(f(s, a, told), ds)
+    return F.mse_loss(f(batch.s, batch.a, told), batch.ds)
 
 
 def critic_loss(pi, Q, Q_target, alpha, told, batch, gamma):
@@ -470,8 +467,7 @@ class Replay:
     """Transitions of N contexts that step together. Row t of the ring holds each context's t-th [s, a, δs, r].
 
     The window of transition t is rows t-K ... t-1 of the same context: past transitions only. It may reach back over
-    a reset, because the context, which it is read for, outlives the episode. Rows not yet written are zeros, as if
-    masked.
+    a reset, as the context, which it is read for, survives one. Rows not yet written are zeros, as if masked.
     No terminal flag is kept: there are no terminal states, and a time limit does not end the return.
     """
 
