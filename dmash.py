@@ -48,6 +48,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -781,41 +782,33 @@ class Run:
             run.train(f"{cfg.random_steps:,} random steps, then {cfg.steps:,} gradient steps")
 
     @classmethod
-    def resume(cls, folder, steps=None):
-        """The run in `folder` as its checkpoint left it, with more `steps` if given."""
+    def resume(cls, folder, steps=None, asked=None):
+        """The run in `folder` as its checkpoint left it, with more `steps` if given. `asked`, a Config: BadInput if the
+        run has other settings, and nothing to do if it is complete."""
         folder, path = Path(folder), Path(folder) / "checkpoint.pt"
         if not path.is_file():
             raise BadInput(f"--resume {folder}: no run folder (it has no {path.name})")
         with lock(folder):
-            with reading(path, "--resume"):
+            with reading(path, "--go-on" if asked else "--resume"):
                 state = load(path)
                 run = cls(Config(**state["settings"]), folder)
                 run.load_state_dict(state)
+            for name, value in asdict(asked).items() if asked else ():
+                there = getattr(run.cfg, name)
+                if value != there and name not in ("steps", "out", "device", "threads"):
+                    raise BadInput(f"{flag(name)} {value}: {folder} holds a run with {flag(name)} {there}")
+            if asked and run.evaluated == run.step >= asked.steps:
+                return print(f"{folder}: complete, {run.step:,} steps")
             if steps is not None:
                 run.cfg.steps = number("--steps", steps, int, f"[{run.cfg.steps}, 1e9]")
-            if newer := [step for step in steps_in(folder / "metrics.csv") if step > run.evaluated]:
+            rows = (folder / "metrics.csv").read_bytes() if (folder / "metrics.csv").is_file() else b""
+            if newer := [step for step in map(int, re.findall(rb"^\d{1,10}(?=,)", rows, re.M)) if step > run.evaluated]:
                 print(f"{folder}: rows after this checkpoint, to be made again: {', '.join(map(str, newer))}")
             run.save()  # all that follows from the checkpoint, whatever became of it in between
             if run.rollout.envs.t is None and not run.rollout.done:
                 print(f"{folder}: a new episode begins, as the state of {run.cfg.env} cannot be saved")
                 run.rollout.done = True
             run.train(f"going on from step {run.step:,} of {run.cfg.steps:,}")
-
-    @classmethod
-    def go_on(cls, cfg):
-        """The run of these settings, started, resumed or found complete: a command that may be given again."""
-        folder, path = cfg.folder, cfg.folder / "checkpoint.pt"
-        if not path.is_file():
-            return cls.start(cfg)
-        with reading(path, "--go-on"):
-            state = load(path)
-            there, step = Config(**state["settings"]), state["step"]
-        for name, value in asdict(cfg).items():
-            if value != getattr(there, name) and name not in ("steps", "out", "device", "threads"):
-                raise BadInput(f"{flag(name)} {value}: {folder} holds a run with {flag(name)} {getattr(there, name)}")
-        if step >= cfg.steps and state["history"] and state["history"][-1]["metrics"]["step"] == step:
-            return print(f"{folder}: complete, {step:,} steps")
-        cls.resume(folder, cfg.steps)
 
     @property
     def evaluated(self):
@@ -1108,13 +1101,6 @@ def csv_text(rows):
     return text.getvalue()
 
 
-def steps_in(path):
-    """The steps of a table's rows, as far as they can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return [int(line.split(",")[0]) for line in path.read_text().splitlines()[1:]]
-    return []
-
-
 # ---- Picture --------------------------------------------------------------------------------------------------
 
 
@@ -1263,7 +1249,8 @@ def run_command(settings):
         Run.resume(modes["resume"], **settings)
     else:
         cfg = quick(**settings) if settings.pop("quick", False) else Config(**settings)
-        Run.go_on(cfg) if go_on else Run.start(cfg)
+        there = go_on and (cfg.folder / "checkpoint.pt").is_file()
+        Run.resume(cfg.folder, cfg.steps, asked=cfg) if there else Run.start(cfg)
 
 
 def print_evaluation(path, per_context, device="cpu", **settings):
