@@ -883,20 +883,18 @@ class Run:
         require_finite({f"weight {name}": value for name, value in state["agent"].items()})
         policy = {name: state[name] for name in ("settings", "version", "step")}
         policy["agent"] = {name: weight for name, weight in state["agent"].items() if name.startswith(ACTING)}
-        replace_file(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
-        replace_file(self.folder / "policy.pt", lambda file: torch.save(policy, file))
-        if self.cfg.snapshots and self.step == self.evaluated > 0:
-            snapshot = self.folder / "policies" / f"{self.step}.pt"
-            snapshot.parent.mkdir(exist_ok=True)
-            replace_file(snapshot, lambda file: torch.save(policy, file))
         versions = {package.__name__: str(package.__version__) for package in (torch, np, mujoco, gymnasium)}
         config = asdict(self.cfg) | {"version": self.version} | versions
-        text = {"config.json": json.dumps(config, indent=2) + "\n"}
+        files = {"checkpoint.pt": state, "policy.pt": policy, "config.json": json.dumps(config, indent=2) + "\n"}
         if self.history:
-            text["metrics.csv"] = csv_text([evaluation["metrics"] for evaluation in self.history])
-            text["per_context.csv"] = csv_text([row for evaluation in self.history for row in evaluation["contexts"]])
-        for name, content in text.items():
-            replace_file(self.folder / name, lambda file, content=content: file.write(content.encode()))
+            files["metrics.csv"] = csv_text([evaluation["metrics"] for evaluation in self.history])
+            files["per_context.csv"] = csv_text([row for evaluation in self.history for row in evaluation["contexts"]])
+        if self.cfg.snapshots and self.step == self.evaluated > 0:
+            (self.folder / "policies").mkdir(exist_ok=True)
+            files[f"policies/{self.step}.pt"] = policy
+        for name, what in files.items():
+            write = lambda file: file.write(what.encode()) if isinstance(what, str) else torch.save(what, file)
+            replace_file(self.folder / name, write)
 
     def state_dict(self):
         """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
