@@ -1152,14 +1152,8 @@ def draw(Figure, run):
 # ---- Command line ---------------------------------------------------------------------------------------------
 
 ALLOWED_WITH = {"eval": ("rollouts", "threads", "device"), "resume": ("steps",), "list_methods": ()}
-
-
-HEADINGS = {  # of --help, each before the setting it begins with
-    "env": "run",
-    "K": "window and encoder",
-    "hyper_hidden": "hypernetwork, adapter and the networks that carry it",
-    "gamma": "SAC",
-}
+# of --help, each before the setting it begins with
+HEADINGS = dict(env="run", K="window and encoder", hyper_hidden="hypernetwork, adapter and networks", gamma="SAC")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1168,7 +1162,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser():
-    parser = Parser(prog="dmash.py", description="DMA*-SH: train, evaluate and plot one run.", allow_abbrev=False)
+    """All arguments, none with a default: what was given can be told from what was not."""
+    about = dict(prog="dmash.py", description="DMA*-SH: train, evaluate and plot one run.", allow_abbrev=False)
+    parser = Parser(**about, argument_default=argparse.SUPPRESS)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="RUN", help="evaluate the policy of a run folder, or a policy file")
     modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
@@ -1182,8 +1178,7 @@ def build_parser():
         about += [f"allowed: {f.metadata['allowed']}"] * (f.metadata["allowed"] is not None)
         text = f.metadata["help"] + (f" ({'; '.join(about)})" if about else "")
         kind = {"action": "store_true"} if f.type is bool else {"metavar": f.type.__name__.upper()}
-        # without a default, what was given can be told from what was not
-        group.add_argument(flag(f.name), **kind, default=argparse.SUPPRESS, help=text)
+        group.add_argument(flag(f.name), **kind, help=text)
     return parser
 
 
@@ -1228,30 +1223,27 @@ def main(argv=None):
 
 def run_command(settings):
     """Does what the arguments, by name, ask for."""
-    per_context, go_on = settings.pop("per_context"), settings.pop("go_on")
-    modes = {mode: settings.pop(mode) for mode in ALLOWED_WITH}
-    mode = next((mode for mode, value in modes.items() if value not in (None, False)), None)
-    if per_context and mode != "eval":
+    mode = next((mode for mode in ALLOWED_WITH if mode in settings), None)
+    if "per_context" in settings and mode != "eval":
         raise BadInput("--per-context: allowed only with --eval RUN")
-    if go_on and mode:
-        raise BadInput(f"--go-on: not with {flag(mode)}")
     for name in settings if mode else ():
-        if name not in ALLOWED_WITH[mode]:
+        if name not in (mode, "per_context", *ALLOWED_WITH[mode]):
             allowed = ", ".join(map(flag, ALLOWED_WITH[mode])) or "no setting"
             raise BadInput(f"{flag(name)}: not with {flag(mode)}, which allows {allowed}")
     if mode == "eval":
-        print_evaluation(modes["eval"], per_context, **settings)
+        print_evaluation(settings.pop("eval"), **settings)
+    elif mode == "resume":
+        Run.resume(settings.pop("resume"), **settings)
     elif mode == "list_methods":
         list_methods()
-    elif mode == "resume":
-        Run.resume(modes["resume"], **settings)
     else:
+        go_on = settings.pop("go_on", False)
         cfg = quick(**settings) if settings.pop("quick", False) else Config(**settings)
         there = go_on and (cfg.folder / "checkpoint.pt").is_file()
         Run.resume(cfg.folder, cfg.steps, asked=cfg) if there else Run.start(cfg)
 
 
-def print_evaluation(path, per_context, device="cpu", **settings):
+def print_evaluation(path, per_context=False, device="cpu", **settings):
     """What is evaluated; the average episodic return (AER) of each set and, if `per_context`, the table of contexts."""
     cfg, agent = load_policy(path, device)
     cfg = replace(cfg, **settings)
