@@ -640,9 +640,7 @@ class Config:
     env: str = option("cartpole_inv", "python aib_envs.py shows all; or module:id of your own, or gymnasium:id")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
     seed: int = option(1, "seed of everything random", "[0, 4294967295]")
-    quick: bool = option(
-        False, f"learn in minutes, by a tenth of the steps and {', '.join(f'{k} {v}' for k, v in QUICK.items())}"
-    )
+    quick: bool = option(False, f"learn in minutes: steps / 10, {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
     steps: int = option(None, "gradient steps (default: by environment)", "[1, 1e9]")
     out: str = option("runs", "folder in which the run folder <env>__<method>__s<seed> is made")
     device: str = option("cpu", "torch device: cpu, cuda or cuda:<number>")
@@ -683,12 +681,8 @@ class Config:
         if self.method not in METHODS:
             raise BadInput(aib_envs.unknown("method", self.method, list(METHODS)))
         method = METHODS[self.method]
-        defaults = {
-            "K": spec.K,
-            "steps": spec.steps // (10 if self.quick else 1),
-            "mask": method.mask,
-            "threads": torch.get_num_threads(),
-        }
+        defaults = dict(K=spec.K, steps=spec.steps, mask=method.mask, threads=torch.get_num_threads())
+        defaults["steps"] //= 10 if self.quick else 1
         for f in fields(self):
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
             value = defaults.get(f.name) if value is None else value
@@ -1184,11 +1178,9 @@ def build_parser():
 
 def usable_console():
     """A stream that is closed becomes one that shows nothing; a letter that its encoding lacks, an escape."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -1199,6 +1191,7 @@ def main(argv=None):
     try:
         run_command(vars(build_parser().parse_args(argv)))
         sys.stdout.flush()
+        return 0
     except (BadInput, aib_envs.BadEnvironment) as error:
         message, status = error, 2
     except OSError as error:
@@ -1211,8 +1204,6 @@ def main(argv=None):
         message, status = f"not enough memory for these settings ({one_line(error)})", 2
     except KeyboardInterrupt:
         return 130
-    else:
-        return 0
     print(f"dmash.py: error: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()
