@@ -1113,33 +1113,31 @@ def draw(Figure, run):
     dims, colours = aib_envs.lookup(run.cfg.env).context, dict(zip(SETS, ("tab:blue", "tab:green", "tab:red")))
     steps, last = [e["metrics"]["step"] for e in run.history], run.history[-1]["contexts"]
     binary, graded = ([dim for dim in dims if dim.binary == which] for which in (True, False))
-    places = {dim.name: ([row[dim.name] for row in last], dim.train) for dim in graded}  # and the train range
+    places = [(dim.name, [row[dim.name] for row in last], dim.train) for dim in graded]  # and the train range
     if len(graded) > 2:
         distances = [max(dim.distance(row[dim.name]) for dim in graded) for row in last]
-        places = {"distance from the centre": (distances, (0, 1))}
+        places = [("distance from the centre", distances, (0, 1))]
     panels = 1 + len(binary) + len(places)
     figure = Figure(figsize=(3.6 * panels, 3.2), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, panels, sharey=True))
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for name in SETS:
         axes[0].plot(steps, [e["metrics"][name] for e in run.history], ".-", color=colours[name], label=name)
-        for ax, dim in zip(axes[1:], binary):
-            for value in dim.train:
-                of_value = [[row for row in e["contexts"] if row[dim.name] == value] for e in run.history]
-                label = f"{dim.name} = {value:g}" if name == "train" else None
-                line = ".-" if value == dim.default else ".--"
-                means = [by_set(rows, "return")[name] for rows in of_value]
-                ax.plot(steps, means, line, color=colours[name], label=label)
-    for ax, (name, (values, ends)) in zip(axes[1 + len(binary) :], places.items()):
+    axes[0].legend()
+    axes[0].set(xlabel="gradient steps", ylabel="average episodic return")
+    axes[0].set_title(run.folder.resolve().name, parse_math=False)
+    for ax, dim in zip(axes[1:], binary):
+        for value in dim.train:
+            line = ".-" if value == dim.default else ".--"
+            of_value = [[row for row in e["contexts"] if row[dim.name] == value] for e in run.history]
+            for name in SETS:
+                ax.plot(steps, [by_set(rows, "return")[name] for rows in of_value], line, color=colours[name])
+        ax.set(xlabel="gradient steps", title=f"solid: {dim.name} = {dim.default:g}")
+    for ax, (name, values, ends) in zip(axes[1 + len(binary) :], places):
         for row, value in zip(last, values):
             marker = "v" if any(row[dim.name] != dim.default for dim in binary) else "o"  # triangle: inverted, swapped
             ax.plot(value, row["return"], marker, color=colours[row["set"]], alpha=0.7)
         ax.axvspan(*ends, color="0.92", zorder=0)
         ax.set(xlabel=name, title="last evaluation")
-    for ax in axes[: 1 + len(binary)]:
-        ax.set_xlabel("gradient steps")
-        ax.legend()
-    axes[0].set_ylabel("average episodic return")
-    axes[0].set_title(run.folder.resolve().name, parse_math=False)
     return figure
 
 
