@@ -206,8 +206,7 @@ class Hypernetwork(nn.Module):
 def adapter(x, omega):
     """Eq. 3: g_adapter(x; ω) = W_up ReLU(W_down x + b_down) + b_up, x (B, 256) -> (B, 256).
 
-    ω may have fewer rows than x, where samples that follow each other share a context: each row then serves as many.
-    """
+    ω may have fewer rows than x, where neighbouring samples share a context: each row then serves as many."""
     x = x.unflatten(0, (len(omega.b_up), -1))  # (rows of ω, samples per row, 256)
     down = F.relu(torch.baddbmm(omega.b_down, x, omega.W_down))
     return torch.baddbmm(omega.b_up, down, omega.W_up).flatten(0, 1)
@@ -747,8 +746,7 @@ ACTING = ("g.", "h.", "pi.", "pi_average.")  # the weights in policy.pt
 
 class Run:
     """A run, and all that it must remember to go on as if it had never stopped: `Run.start` and `Run.resume` train it.
-    OSError if a file cannot be written, FloatingPointError if a number is not finite: earlier files stay as they are.
-    """
+    OSError if a file cannot be written, FloatingPointError if a number is not finite: files stay as they were."""
 
     def __init__(self, cfg, folder):
         torch.set_num_threads(cfg.threads)
@@ -1037,8 +1035,7 @@ def replace_file(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
         fault = error if isinstance(error, OSError) else error.__context__  # torch.save wraps that of a full disk
         if not isinstance(fault, OSError):
             raise
@@ -1087,9 +1084,8 @@ def load_policy(path, device="cpu"):
 def csv_text(rows):
     """Dicts of the same keys as the text of a CSV file; floats to 6 digits."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+    cells = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *cells])
     return text.getvalue()
 
 
@@ -1224,7 +1220,9 @@ def run_command(settings):
     elif mode == "resume":
         Run.resume(settings.pop("resume"), **settings)
     elif mode == "list_methods":
-        list_methods()
+        row = ("{:<16}" + "{:<12}" * 2 + "{:<10}" * 2 + "{:<13}" * 6).format
+        for name, method in {"--method": Method._fields, **METHODS}.items():
+            print(row(name, *map(str, method)).rstrip())
     else:
         go_on = settings.pop("go_on", False)
         cfg = quick(**settings) if settings.pop("quick", False) else Config(**settings)
@@ -1245,14 +1243,6 @@ def print_evaluation(path, per_context=False, device="cpu", **settings):
     diverged = sum(row["diverged"] for row in contexts)
     note = f"  {diverged} episodes diverged" * bool(diverged)
     print(f"AER over {cfg.contexts} contexts x {cfg.rollouts} rollouts:  {means}{note}")
-
-
-def list_methods():
-    """Prints the table of methods."""
-    row = ("{:<16}" + "{:<12}" * 2 + "{:<10}" * 2 + "{:<13}" * 6).format
-    print(row("--method", *Method._fields).rstrip())
-    for name, method in METHODS.items():
-        print(row(name, *map(str, method)).rstrip())
 
 
 if __name__ == "__main__":
