@@ -958,7 +958,7 @@ def keep_freed_memory():
 def catch_signals():
     """A function that raises Stopped once SIGINT or SIGTERM came, while the block runs; the second leaves at once. A
     signal that the process was started to ignore stays ignored."""
-    caught, before = [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    caught = []
 
     def handler(number, frame):
         if caught:
@@ -969,13 +969,11 @@ def catch_signals():
         if caught:
             raise Stopped
 
-    for n, previous in before.items():
-        signal.signal(n, previous if previous == signal.SIG_IGN else handler)
-    try:
+    with contextlib.ExitStack() as restored:
+        for n in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(n) != signal.SIG_IGN:
+                restored.callback(signal.signal, n, signal.signal(n, handler))
         yield stop
-    finally:
-        for n, previous in before.items():
-            signal.signal(n, previous)
 
 
 def summary(row, steps):
@@ -1150,9 +1148,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser():
-    """All arguments, none with a default: what was given can be told from what was not."""
-    about = dict(prog="dmash.py", description="DMA*-SH: train, evaluate and plot one run.", allow_abbrev=False)
-    parser = Parser(**about, argument_default=argparse.SUPPRESS)
+    """No argument has a default: what was given can be told from what was not."""
+    given = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser("dmash.py", description="DMA*-SH: train, evaluate and plot one run.", **given)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="RUN", help="evaluate the policy of a run folder, or a policy file")
     modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
@@ -1207,7 +1205,7 @@ def main(argv=None):
 
 
 def run_command(settings):
-    """Does what the arguments, by name, ask for."""
+    """Does what the arguments that were given, by name, ask for."""
     mode = next((mode for mode in ALLOWED_WITH if mode in settings), None)
     if "per_context" in settings and mode != "eval":
         raise BadInput("--per-context: allowed only with --eval RUN")
