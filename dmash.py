@@ -1168,18 +1168,13 @@ def build_parser():
     return parser
 
 
-def usable_console():
-    """A stream that is closed becomes one that shows nothing; a letter that its encoding lacks, an escape."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def main(argv=None):
     """The command line. Returns the exit status: 0; 2 for bad input or a file that cannot be used, 1 for a number that
     is not finite, each told in one line; 130 after a second Ctrl-C."""
-    usable_console()
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
     try:
         run_command(vars(build_parser().parse_args(argv)))
         sys.stdout.flush()
