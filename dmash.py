@@ -680,8 +680,8 @@ class Config:
         if self.method not in METHODS:
             raise BadInput(aib_envs.unknown("method", self.method, list(METHODS)))
         method = METHODS[self.method]
-        defaults = dict(K=spec.K, steps=spec.steps, mask=method.mask, threads=torch.get_num_threads())
-        defaults["steps"] //= 10 if self.quick else 1
+        steps = spec.steps // 10 if self.quick else spec.steps
+        defaults = dict(K=spec.K, steps=steps, mask=method.mask, threads=torch.get_num_threads())
         for f in fields(self):
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
             value = defaults.get(f.name) if value is None else value
