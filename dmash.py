@@ -758,7 +758,7 @@ class Run:
         envs = aib_envs.VectorEnv(cfg.env, contexts, seed=[cfg.seed, 0])
         self.rollout = Rollout(self.agent, envs, noisy=True, capacity=cfg.buffer)
         self.step, self.history = 0, []  # gradient steps done; a row of metrics.csv and its contexts per evaluation
-        self.losses = {name: [] for name in LOSSES}  # since the last evaluation
+        self.losses = {name: torch.zeros(0, device=cfg.device) for name in LOSSES}  # since the last evaluation
         self.began, self.step_seconds = time.perf_counter(), 0.0  # the latter of gradient steps since then
 
     @classmethod
@@ -849,11 +849,11 @@ class Run:
         self.step += 1
         self.rollout.collect()
         losses = self.agent.update(self.rollout.replay.sample(self.cfg.batch), self.step)
-        for name, value in losses.items():
-            self.losses[name].append(value)
+        for name, value in losses.items():  # as one tensor: many small ones would pin the memory freed around them
+            self.losses[name] = torch.cat([self.losses[name], value.view(1)])
         recent = 1 if self.cfg.device == "cpu" else 100  # to look at a GPU's numbers is to wait for it
         if self.step % recent == 0:
-            require_finite({name: torch.stack(v[-recent:]) for name, v in self.losses.items() if v})
+            require_finite({name: values[-recent:] for name, values in self.losses.items()})
         self.step_seconds += time.perf_counter() - begin
 
     def evaluate(self, stop=lambda: None):
@@ -863,11 +863,12 @@ class Run:
         row = {"step": self.step, "env_steps": self.rollout.replay.t * self.cfg.contexts}
         row["seconds"] = time.perf_counter() - self.began
         row["steps_per_second"] = len(self.losses["critic_loss"]) / self.step_seconds
-        row |= {name: torch.stack(v).mean().item() if v else math.nan for name, v in self.losses.items()}
+        row |= {name: values.mean().item() for name, values in self.losses.items()}  # nan of none
         row |= by_set(contexts, "return")
         row |= {f"diverged_{name}": int(n) for name, n in by_set(contexts, "diverged", sum).items()}
         self.history.append({"metrics": row, "contexts": [{"step": self.step, **context} for context in contexts]})
-        self.losses, self.step_seconds = {name: [] for name in LOSSES}, 0.0
+        self.losses = {name: values.new_zeros(0) for name, values in self.losses.items()}
+        self.step_seconds = 0.0
 
     def save(self):
         """All files, but none if a weight is not finite. The checkpoint comes first: all others follow from it."""
@@ -896,7 +897,7 @@ class Run:
             "version": self.version,
             "step": self.step,
             "history": self.history,
-            "losses": {name: torch.tensor(values) for name, values in self.losses.items()},
+            "losses": self.losses,
             "seconds": [time.perf_counter() - self.began, self.step_seconds],
             "agent": self.agent.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers.items()},
@@ -909,7 +910,7 @@ class Run:
         self.step, self.history = state["step"], state["history"]
         if not (type(self.step) is int and 0 <= self.evaluated <= self.step <= self.cfg.steps):
             raise ValueError(f"step {self.step!r}, evaluated at {self.evaluated!r}, of {self.cfg.steps}")
-        self.losses = {name: list(state["losses"][name].to(self.cfg.device).unbind()) for name in LOSSES}
+        self.losses = {name: state["losses"][name].to(self.cfg.device) for name in LOSSES}
         seconds, self.step_seconds = state["seconds"]
         self.began -= seconds
         self.agent.load_state_dict(state["agent"])
