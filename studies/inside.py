@@ -15,8 +15,8 @@ It prints the main numbers of each run and writes into --out:
 Quantities; S is the mode (the binary contexts), U the continuous contexts, C both, z the code of evaluation, unmasked:
 
     variability, noise, spread, separation    1/d_z tr Cov(Z) and its parts (Theorem A.15), in each context set
-    I(Z;S), I(Z;U|S), I(Z;C)    in nats, each by itself, for contexts drawn uniformly from the set's range; of SimNorm's
-                                z without the last number of each group
+    I(Z;S), I(Z;U|S), I(Z;C)    in nats, each by itself, of --windows contexts uniform in the set's range and the window
+                                that the warm-up leaves; the finer z is, the more windows it takes to see it all
     cosine              of the mean codes of `context` and `other`
     undone              cosine between the policy's actions in the first mode and those in the second after it acted
                         on them (sign flipped, actuators swapped): 1 if what reaches the actuators is the same
@@ -27,7 +27,7 @@ Quantities; S is the mode (the binary contexts), U the continuous contexts, C bo
     …, same mode and …, other mode    means over pairs of different contexts
 
 Where a policy is told z or c in place of ω, so it is here; for those told c there is no z, and nothing to say of it.
-Set `snapshot` is the train set with a quarter of the windows. Minutes: one or two a run at K = 128, a quarter at K = 24.
+Set `snapshot` is the train set, a quarter of the windows. A run takes a minute or two at K = 128, seconds at K = 24.
 """
 
 import argparse
@@ -251,11 +251,16 @@ def read(places):
 
 
 def write(places, out, windows):
-    """Everything, into the folder `out`."""
+    """Everything, into the folder `out`: after each run, so that a stop leaves what is known."""
     windows = dmash.number("--windows", windows, int, "[100, 5000]")
-    runs, rows, drawn = read(places), [], {}
+    runs, rows = read(places), []
     out.mkdir(parents=True, exist_ok=True)
     dmash.keep_freed_memory()
+    try:
+        import inside_figures
+    except ImportError as error:
+        inside_figures = None
+        print(f"no figures are drawn ({error})")
     for name, (path, agent, space) in runs.items():
         cfg, (found, pictures) = agent.cfg, look(path, agent, space, windows)
         print(f"{name}, step {agent.step:,}")
@@ -264,17 +269,11 @@ def write(places, out, windows):
                 print(f"  {quantity:<20} {value:10.4g}")
         sys.stdout.flush()
         rows += [dict(zip(HEAD, (name, cfg.env, cfg.method, cfg.seed, *row))) for row in found]
-        drawn |= {f"{name}_{kind}.png": (kind, name, *shown) for kind, shown in pictures.items()}
         (out / "inside.csv").write_text(dmash.csv_text(rows), encoding="utf-8")
-    drawn["side_by_side.png"] = "side_by_side", rows
-    try:
-        import inside_figures
-    except ImportError as error:
-        drawn = {}
-        print(f"no figures are drawn ({error})")
-    for file, (kind, *shown) in drawn.items():
-        getattr(inside_figures, kind)(*shown).savefig(out / file, dpi=100)
-    print(f"{out}: inside.csv, {len(drawn)} figures")
+        if inside_figures:
+            for kind, shown in pictures.items():
+                getattr(inside_figures, kind)(name, *shown).savefig(out / f"{name}_{kind}.png", dpi=100)
+            inside_figures.side_by_side(rows).savefig(out / "side_by_side.png", dpi=100)
 
 
 def main(argv=None):
