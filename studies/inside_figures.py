@@ -71,7 +71,7 @@ def adapter(name, space, values, a, s, returns):
         ax.set_xlabel(f"{space.first.name} of the context told")
     for row, ax in enumerate(axes[:, 0]):
         ax.set_ylabel(f"mean action {row + 1}")
-    axes[0, 0].legend(fontsize="small")
+    left.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     ax = right.subplots()
     heat_map(ax, returns, space, "{:.0f}", min(0, returns.min()), returns.max())
     ax.set(xlabel=f"told of {ax.get_xlabel()}", ylabel=f"acting in {ax.get_ylabel()}", title="return")
