@@ -85,27 +85,6 @@ def test_a6_equal_parameters_and_noise_that_reaches_the_output_in_proportion(num
         assert errors[4].mean().item() == pytest.approx(expected, rel=0.15)
 
 
-def traces(z, groups):
-    """Share of each group, trace of its covariance, its mean."""
-    parts = [z[groups == g] for g in np.unique(groups)]
-    return [(len(p) / len(z), np.trace(np.cov(p.T, bias=True)), p.mean(0)) for p in parts]
-
-
-def test_a15_variability_is_the_sum_of_three_covariances():
-    rng = np.random.default_rng(0)
-    context = rng.choice(6, 500, p=[0.05, 0.1, 0.15, 0.2, 0.2, 0.3])  # 0, 1, 2 in one mode, 3, 4, 5 in the other
-    mode = np.where(context < 3, -1.0, 1.0)
-    z = rng.normal(size=(500, 8)) * 0.3 + rng.normal(size=(6, 8))[context] + 2 * mode[:, None]
-    v = theory.variability(z, mode, context % 3)  # c need not tell the mode
-    assert v["total"] == pytest.approx(np.trace(np.cov(z.T, bias=True)) / 8, abs=1e-12)
-    assert v["within"] == pytest.approx(sum(p * trace for p, trace, _ in traces(z, context)) / 8, abs=1e-12)
-    of_context = np.stack([z[context == c].mean(0) for c in context])
-    assert v["spread"] == pytest.approx(sum(p * trace for p, trace, _ in traces(of_context, mode)) / 8, abs=1e-12)
-    between = sum(p * np.square(mean - z.mean(0)).sum() for p, _, mean in traces(z, mode)) / 8
-    assert v["between"] == pytest.approx(between, abs=1e-12)
-    assert v["total"] == pytest.approx(v["within"] + v["spread"] + v["between"], abs=1e-12)
-
-
 def test_a15_holds_for_codes_of_windows(numbers):
     for total, within, spread, between, left in numbers["a15"]:
         assert min(total, within, spread, between) > 0 and abs(left) < 1e-12

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+from mutual_information import variability
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,22 +179,6 @@ def a6(seed, steps=1000, networks=8, n=10000):
     return numbers, [*panels, (axes, profiles)]
 
 
-def variability(z, s, c):
-    """A.15, for codes z (n, d_z) in modes s (n,) and contexts c (n,) or (n, d_c): (1/d_z) tr Cov(Z), `total`, is the
-    sum of noise `within` contexts, `spread` of contexts within modes, and separation `between` modes. Covariances are
-    the sample's, divided by n."""
-    z, mode = np.asarray(z, dtype=float), np.unique(s, return_inverse=True)[1]
-    context = np.unique(np.column_stack([mode, c]), axis=0, return_inverse=True)[1].ravel()
-
-    def means(group):  # (n, d_z), in each row the mean of its group
-        member = np.eye(group.max() + 1)[group]
-        return (member.T @ z / member.sum(0)[:, None])[group]
-
-    steps = {"total": (z, z.mean(0)), "within": (z, means(context))}
-    steps |= {"spread": (means(context), means(mode)), "between": (means(mode), z.mean(0))}
-    return {name: float(np.square(a - b).sum(1).mean() / z.shape[1]) for name, (a, b) in steps.items()}
-
-
 def a15(seed, run=TRAINED, steps=200, n=4000):
     """A.15 on codes of n windows, drawn, of the policy of `run` in its train contexts; as acting reads them, and masked
     and in random order as in training."""
@@ -204,15 +189,14 @@ def a15(seed, run=TRAINED, steps=200, n=4000):
     for _ in range(steps):  # after a warm-up of K
         rollout.collect()
     c, t = torch.randint(envs.N, (n,)), torch.randint(cfg.K, cfg.K + steps + 1, (n,))
-    numbers, curves = {}, {}
+    numbers, curves, parts = {}, {}, ["total", "noise", "spread", "separation"]
     for name, of in (("untrained", dmash.new_agent(cfg)), ("trained", agent)):
         for windows, noisy in (("masked", True), ("plain", False)):
             with torch.no_grad():
                 z, _ = of.infer(rollout.replay.windows(c, t, noisy), noisy)
             v = variability(z.numpy(), envs.c[c, binary], c.numpy())
-            gap = v["total"] - v["within"] - v["spread"] - v["between"]
-            numbers[f"{name} encoder, {windows} windows: {', '.join(v)}, what is left"] = [*v.values(), gap]
-            curves[f"{name}, {windows}"] = list(v), list(v.values())
+            numbers[f"{name} encoder, {windows} windows: {', '.join(parts)}, what is left"] = [*v, v[0] - sum(v[1:])]
+            curves[f"{name}, {windows}"] = parts, v
     return numbers, [(dict(ylabel="(1/d_z) tr Cov(Z)", title=f"encoder of {cfg.env}", yscale="log"), curves)]
 
 
@@ -251,11 +235,11 @@ def a17(seed, steps=(0, 100, 300, 1000), n=200):
             for name, z in codes.items():
                 torch.manual_seed(seed)
                 G = torch.cat([g.flatten(2) for g in every(p, uniform(n, 1), z, c).values()], 2)  # (50, n, |ξ|)
-                v = {part: x * G.shape[2] for part, x in variability(G.flatten(0, 1), c[row, 0], row).items()}
+                total, noise, spread, _ = variability(G.flatten(0, 1), c[row, 0].numpy(), row)
                 m = G.mean(1) if name == "Z" else G.view(2, -1, G.shape[2]).mean(1).repeat_interleave(25, 0)
                 slopes = (m[:, None] - m).norm(dim=2) / (z[:, None] - z).norm(dim=2)  # 0 / 0 where codes are equal
-                inner = v["within"] + (0 if name == "Z" else v["spread"])
-                found.append((v["total"], inner, slopes.nan_to_num(0, 0, 0).max()))
+                inner = noise + (0 if name == "Z" else spread)
+                found.append((total * G.shape[2], inner * G.shape[2], slopes.nan_to_num(0, 0, 0).max()))
         variance, inner, L_m = np.array(found).reshape(-1, 2, 3).T  # (2 codes, stages) each
         bound = inner.max(0) + L_m.max(0) ** 2 * of_z[:, None]
         for name, *values in zip(codes, variance, inner, bound):
