@@ -3,7 +3,7 @@
     python studies/departures.py --env cartpole_inv --method terminal --quick    one run; as long as one of dmash.py
 
 The command line is dmash.py's, with five methods more. Four are DMA*-SH but for one thing, done as the published code
-does it (README, "Differences from the published code"):
+does it (results/README.md, "Differences from the published code"):
 
     included    windows of the batch hold the transition to be predicted, as their last entry
     terminal    the time limit is a terminal state in the critics' target
