@@ -781,7 +781,7 @@ class Run:
         if not path.is_file():
             raise BadInput(f"--resume {folder}: no run folder (it has no {path.name})")
         with lock(folder):
-            with reading(path, "--go-on" if asked else "--resume"):
+            with reading(path):
                 state = load(path)
                 run = cls(Config(**state["settings"]), folder)
                 run.load_state_dict(state)
@@ -1050,12 +1050,12 @@ def load(path):
 
 
 @contextlib.contextmanager
-def reading(path, option):
+def reading(path):
     """Whatever a damaged or foreign file makes its reader raise becomes a BadInput that names the file."""
     try:
         yield
     except Exception as error:
-        raise BadInput(f"{option} {path.parent}: {path.name} cannot be read ({one_line(error)})") from None
+        raise BadInput(f"{path} cannot be read ({one_line(error)})") from None
 
 
 def one_line(error):
@@ -1067,9 +1067,9 @@ def load_policy(path, device="cpu"):
     by what code. BadInput names what cannot be read. Leaves torch's generator alone."""
     path = Path(path) / "policy.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise BadInput(f"--eval {path}: no such file; allowed: a run folder with a policy.pt, or such a file")
+        raise BadInput(f"{path}: no such file; allowed: a run folder with a policy.pt, or such a file")
     Config(device=device)  # refuses one that is not usable, before the file is to blame
-    with reading(path, "--eval"), torch.random.fork_rng(devices=[]):
+    with reading(path), torch.random.fork_rng(devices=[]):
         state = load(path)
         cfg = Config(**state["settings"] | {"device": device})
         agent = new_agent(cfg)
@@ -1169,15 +1169,15 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
-    """The command line. Returns the exit status: 0; 2 for bad input or a file that cannot be used, 1 for a number that
-    is not finite, each told in one line; 130 after a second Ctrl-C."""
+def exit_status(program, command):
+    """Runs `command()` and returns the exit status: 0; 2 for bad input or a file that cannot be used, 1 for a number
+    that is not finite, each told in one line as the error of `program`; 130 after a second Ctrl-C."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for letters that its encoding lacks
     try:
-        run_command(vars(build_parser().parse_args(argv)))
+        command()
         sys.stdout.flush()
         return 0
     except (BadInput, aib_envs.BadEnvironment) as error:
@@ -1192,12 +1192,17 @@ def main(argv=None):
         message, status = f"not enough memory for these settings ({one_line(error)})", 2
     except KeyboardInterrupt:
         return 130
-    print(f"dmash.py: error: {message}", file=sys.stderr)
+    print(f"{program}: error: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # nothing more can be written there: what is left must not fail again at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
+
+
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    return exit_status("dmash.py", lambda: run_command(vars(build_parser().parse_args(argv))))
 
 
 def run_command(settings):

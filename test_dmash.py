@@ -2996,7 +2996,7 @@ BAD_COMMANDS = [
     ("--threads 0", "--threads 0: must be a whole number in [1, 1024]"),
     ("--device gpu", "--device gpu: not usable here; allowed: cpu"),
     ("--per-context", "--per-context: allowed only with --eval RUN"),
-    ("--eval nowhere", "--eval nowhere: no such file; allowed: a run folder with a policy.pt, or such a file"),
+    ("--eval nowhere", "nowhere: no such file; allowed: a run folder with a policy.pt, or such a file"),
     ("--eval nowhere --steps 5", "--steps: not with --eval"),
     ("--eval nowhere --list-methods", "not allowed with argument --eval"),
     ("--eval nowhere --resume elsewhere", "not allowed with argument --eval"),
@@ -3024,7 +3024,7 @@ BAD_COMMANDS = [
         "--env di_inv --contexts 1000 --batch 1000 --buffer 1000000000 --steps 1 --random-steps 30",
         "not enough memory for these settings",
     ),
-    ("--eval=", "--eval policy.pt: no such file"),
+    ("--eval=", "policy.pt: no such file"),
     ("--resume=", "--resume .: no run folder"),
     ("--list-methods --gamma 0.9", "--gamma: not with --list-methods, which allows no setting"),
     ("--device hpu", "--device hpu: not usable here; allowed: cpu"),
@@ -3244,7 +3244,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(damage, reason, folder, cap
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert dmash.main(["--resume", str(folder)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"dmash.py: error: --resume {folder}: checkpoint.pt cannot be read (") and reason in error
+    assert error.startswith(f"dmash.py: error: {folder}/checkpoint.pt cannot be read (") and reason in error
     assert error.count("\n") == 1
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 

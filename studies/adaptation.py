@@ -187,39 +187,34 @@ def ks_of(found):
 # ---- Command line -----------------------------------------------------------------------------------------------
 
 
+def run_command(args):
+    rollouts = dmash.number("--rollouts", args.rollouts, int, "[1, 1000]")
+    agents = [dmash.load_policy(run)[1] for run in args.runs]
+    if len({agent.cfg.env for agent in agents}) > 1:
+        each = ", ".join(f"{run} of {agent.cfg.env}" for run, agent in zip(args.runs, agents))
+        raise dmash.BadInput(f"{each}: must be of one environment")
+    out, rows, found = Path(args.out), [], []
+    out.mkdir(parents=True, exist_ok=True)
+    for agent in agents:
+        of_run, curves = study(agent, rollouts)
+        print(summary(of_run), flush=True)
+        rows += of_run
+        found.append((agent.cfg.method, curves))
+    (out / "adaptation.csv").write_bytes(dmash.csv_text(rows).encode())
+    try:
+        draw(agents[0].cfg.env, found).savefig(out / "adaptation.png", dpi=110)
+    except ImportError as error:
+        print(f"no figure is drawn ({error})")
+
+
 def main(argv=None):
-    """The command line. Returns the exit status: 0; 2 for bad input or a file that cannot be used, told in one line."""
+    """The command line. Returns the exit status."""
     layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = dmash.Parser("adaptation.py", description=__doc__, **layout)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or policy files, of one environment")
     parser.add_argument("--out", default="results/adaptation", help="folder to write into (default: %(default)s)")
     parser.add_argument("--rollouts", default=1, help="episodes in each context (default: %(default)s)")
-    try:
-        args = parser.parse_args(argv)
-        rollouts = dmash.number("--rollouts", args.rollouts, int, "[1, 1000]")
-        agents = [dmash.load_policy(run)[1] for run in args.runs]
-        if len({agent.cfg.env for agent in agents}) > 1:
-            each = ", ".join(f"{run} of {agent.cfg.env}" for run, agent in zip(args.runs, agents))
-            raise dmash.BadInput(f"{each}: must be of one environment")
-        out, rows, found = Path(args.out), [], []
-        out.mkdir(parents=True, exist_ok=True)
-        for agent in agents:
-            of_run, curves = study(agent, rollouts)
-            print(summary(of_run), flush=True)
-            rows += of_run
-            found.append((agent.cfg.method, curves))
-        (out / "adaptation.csv").write_bytes(dmash.csv_text(rows).encode())
-        try:
-            draw(agents[0].cfg.env, found).savefig(out / "adaptation.png", dpi=110)
-        except ImportError as error:
-            print(f"no figure is drawn ({error})")
-        return 0
-    except (dmash.BadInput, aib_envs.BadEnvironment) as error:
-        message = str(error).removeprefix("--eval ")  # of load_policy
-    except OSError as error:
-        message = f"{error.filename or 'output'}: {error.strerror}"
-    print(f"adaptation.py: error: {message}", file=sys.stderr)
-    return 2
+    return dmash.exit_status("adaptation.py", lambda: run_command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

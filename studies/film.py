@@ -195,7 +195,10 @@ def contexts_from(texts, env_id):
 
 
 def run_command(args):
-    import matplotlib  # noqa: F401  (before anything takes time)
+    try:
+        import matplotlib  # noqa: F401  (before anything takes time)
+    except ImportError as error:
+        raise dmash.BadInput(f"a film needs matplotlib ({error})") from None
 
     path = Path(args.out or (Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent) / "film.gif")
     if path.suffix != ".gif":
@@ -225,7 +228,7 @@ def run_command(args):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0; 2 for bad input or a file that cannot be used, told in one line."""
+    """The command line. Returns the exit status."""
     layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = dmash.Parser("film.py", description=__doc__, **layout)
     parser.add_argument("run", metavar="RUN", help="run folder or policy file")
@@ -233,17 +236,7 @@ def main(argv=None):
     parser.add_argument("--contexts", nargs="+", metavar="NAME=VALUE,...", help=f"up to {MOST}; default: both modes")
     parser.add_argument("--seconds", help="of simulated time (default: 400 steps, or the whole episode)")
     parser.add_argument("--seed", default=0, help="of the initial state (default: %(default)s)")
-    try:
-        run_command(parser.parse_args(argv))
-        return 0
-    except (dmash.BadInput, aib_envs.BadEnvironment) as error:
-        message = str(error).removeprefix("--eval ")  # of load_policy
-    except ImportError as error:
-        message = f"a film needs matplotlib ({error})"
-    except OSError as error:
-        message = f"{error.filename or 'output'}: {error.strerror}"
-    print(f"film.py: error: {message}", file=sys.stderr)
-    return 2
+    return dmash.exit_status("film.py", lambda: run_command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def read(folder):
     """The method of a run, its name in the legend, and the columns of its gradients.csv, nan where one is empty."""
     if not (folder / "gradients.csv").is_file():
         raise dmash.BadInput(f"{folder}: has no gradients.csv; allowed: run folders that this program has trained")
-    with dmash.reading(folder / "gradients.csv", "draw"):
+    with dmash.reading(folder / "gradients.csv"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         rows = list(csv.DictReader((folder / "gradients.csv").read_text(encoding="utf-8").splitlines()))
         columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS}
@@ -160,6 +160,8 @@ def figure(runs):
 
 def draw(folders, out):
     """Writes the figure; prints the numbers of the last step that all runs have."""
+    if out.suffix != ".png":
+        raise dmash.BadInput(f"--out {out}: must end in .png")
     runs = [read(folder) for folder in folders]
     if common := set.intersection(*(set(columns["step"]) for *_, columns in runs)):
         print(f"{f'step {max(common):,.0f}':<12}" + "  ".join(label for _, label, _ in runs))
@@ -182,18 +184,10 @@ def main(argv=None):
             return dmash.main(argv)
         finally:
             dmash.Agent, dmash.Run = before
-    try:
-        parser = dmash.Parser("gradients.py draw", allow_abbrev=False)
-        parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders of runs made by this program")
-        parser.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="the figure")
-        args = parser.parse_args(argv[1:])
-        if args.out.suffix != ".png":
-            parser.error(f"--out {args.out}: must end in .png")
-        draw(args.runs, args.out)
-        return 0
-    except (dmash.BadInput, OSError) as error:
-        print(f"gradients.py: error: {error}", file=sys.stderr)
-        return 2
+    parser = dmash.Parser("gradients.py draw", allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUNS", help="of runs made by this program")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="the figure")
+    return dmash.exit_status("gradients.py", lambda: draw(**vars(parser.parse_args(argv[1:]))))
 
 
 if __name__ == "__main__":

@@ -237,10 +237,7 @@ def read(places):
     """{name: (path, agent, space)} of the runs; BadInput if one is of no use here, or given twice."""
     runs = {}
     for place in map(Path, places):
-        try:
-            cfg, agent = dmash.load_policy(place)
-        except dmash.BadInput as error:
-            raise dmash.BadInput(str(error).removeprefix("--eval ")) from None
+        cfg, agent = dmash.load_policy(place)
         if agent.method.context == "none":
             raise dmash.BadInput(f"{place}: {cfg.method} is told nothing of the context; allowed: any other method")
         name = cfg.folder.name + f"__{agent.step}" * (place.is_file() and place.name != "policy.pt")
@@ -277,22 +274,13 @@ def write(places, out, windows):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0; 2 for bad input or a file that cannot be used, told in one line."""
+    """The command line. Returns the exit status."""
     layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = dmash.Parser("inside.py", description=__doc__, **layout)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a policy file")
-    parser.add_argument("--out", default="inside", help="folder to write into (default: %(default)s)")
+    parser.add_argument("places", nargs="+", metavar="RUN", help="a run folder, or a policy file")
+    parser.add_argument("--out", type=Path, default="inside", help="folder to write into (default: %(default)s)")
     parser.add_argument("--windows", default=2000, help="windows in each set, for information (default: %(default)s)")
-    try:
-        args = parser.parse_args(argv)
-        write(args.runs, Path(args.out), args.windows)
-        return 0
-    except dmash.BadInput as error:
-        message = error
-    except OSError as error:
-        message = f"{error.filename or 'output'}: {error.strerror}"
-    print(f"inside.py: error: {message}", file=sys.stderr)
-    return 2
+    return dmash.exit_status("inside.py", lambda: write(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -274,42 +274,37 @@ def draw_panels(figure, panels):
         ax.set(**axes)
 
 
+def run_command(args):
+    names, out, text = args.names or list(THEOREMS), Path(args.out), ""
+    for name in set(names) - set(THEOREMS):
+        raise dmash.BadInput(aib_envs.unknown("theorem", name, list(THEOREMS)))
+    seed = dmash.number("--seed", args.seed, int, "[0, 4294967295]")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # these tensors are small
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        Figure = print(f"no figures are drawn ({error})")
+    for name in names:
+        torch.manual_seed(seed)
+        numbers, panels = THEOREMS[name](seed)
+        part = "\n".join([name, *(f"    {what}: {show(x)}" for what, x in numbers.items()), ""])
+        print(part, flush=True)
+        text += part + "\n"
+        if Figure:
+            figure = Figure(figsize=(1 + 4.5 * len(panels), 4), layout="constrained")
+            draw_panels(figure, panels)
+            figure.savefig(out / f"{name}.png", dpi=90)
+    (out / "theory.txt").write_text(text, encoding="utf-8")
+
+
 def main(argv=None):
-    """The exit status: 0; 2 for bad input or a file that cannot be used, told in one line."""
+    """The command line. Returns the exit status."""
     parser = dmash.Parser(prog="theory.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(THEOREMS)} (default: all)")
     parser.add_argument("--out", default="results/inside/theory", help="folder to write into (default: %(default)s)")
     parser.add_argument("--seed", default=1, help="of everything random (default: %(default)s)")
-    try:
-        args = parser.parse_args(argv)
-        names, out, text = args.names or list(THEOREMS), Path(args.out), ""
-        for name in set(names) - set(THEOREMS):
-            raise dmash.BadInput(aib_envs.unknown("theorem", name, list(THEOREMS)))
-        seed = dmash.number("--seed", args.seed, int, "[0, 4294967295]")
-        out.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(1)  # these tensors are small
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            Figure = print(f"no figures are drawn ({error})")
-        for name in names:
-            torch.manual_seed(seed)
-            numbers, panels = THEOREMS[name](seed)
-            part = "\n".join([name, *(f"    {what}: {show(x)}" for what, x in numbers.items()), ""])
-            print(part, flush=True)
-            text += part + "\n"
-            if Figure:
-                figure = Figure(figsize=(1 + 4.5 * len(panels), 4), layout="constrained")
-                draw_panels(figure, panels)
-                figure.savefig(out / f"{name}.png", dpi=90)
-        (out / "theory.txt").write_text(text, encoding="utf-8")
-        return 0
-    except dmash.BadInput as error:
-        message = error
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
-    print(f"theory.py: error: {message}", file=sys.stderr)
-    return 2
+    return dmash.exit_status("theory.py", lambda: run_command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -165,20 +165,8 @@ def write(out, name, rows, draw, *arguments):
     draw(compare_figures, *arguments).savefig(out / f"{name}.png", dpi=110)
 
 
-@mock.patch.dict(aib_envs.ENVS, dict.fromkeys(LEFT_OUT, aib_envs.ENVS["di_signs"]))
-@mock.patch.object(aib_envs, "context_sets", context_sets)
-def main(argv=None):
-    """The command line. Returns the exit status: 0, or what dmash.main returns; 2 for bad input, told in one line."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = compare.Parser("unseen.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = parser.add_subparsers(dest="mode", required=True, metavar="plan | report | beyond | --env ENV")
-    modes.add_parser("plan", allow_abbrev=False).add_argument("--seeds", nargs="+", required=True)
-    for mode in (modes.add_parser("report"), modes.add_parser("beyond")):
-        mode.add_argument("places", nargs="+", metavar="RUN")
-        mode.add_argument("--out", type=Path, required=True)
+def run_command(parser, argv):
     try:
-        if {"--env", "--resume", "--eval"} & {word.split("=")[0] for word in argv} and argv[0] not in modes.choices:
-            return dmash.main(argv)
         args, given = parser.parse_known_args(argv)
         if args.mode == "plan":
             lines = compare.commands(LEFT_OUT, METHODS, args.seeds, given)
@@ -187,13 +175,24 @@ def main(argv=None):
             parser.error(f"unrecognized arguments: {' '.join(given)}")
         else:
             {"report": report, "beyond": beyond}[args.mode](args.places, args.out)
-        return 0
-    except (aer.BadInput, dmash.BadInput, aib_envs.BadEnvironment) as error:
-        message = error
-    except OSError as error:
-        message = f"{error.filename or 'output'}: {error.strerror}"
-    print(f"unseen.py: error: {message}", file=sys.stderr)
-    return 2
+    except aer.BadInput as error:
+        raise dmash.BadInput(error) from None
+
+
+@mock.patch.dict(aib_envs.ENVS, dict.fromkeys(LEFT_OUT, aib_envs.ENVS["di_signs"]))
+@mock.patch.object(aib_envs, "context_sets", context_sets)
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = compare.Parser("unseen.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="plan | report | beyond | --env ENV")
+    modes.add_parser("plan", allow_abbrev=False).add_argument("--seeds", nargs="+", required=True)
+    for mode in (modes.add_parser("report"), modes.add_parser("beyond")):
+        mode.add_argument("places", nargs="+", metavar="RUN")
+        mode.add_argument("--out", type=Path, required=True)
+    if {"--env", "--resume", "--eval"} & {word.split("=")[0] for word in argv} and argv[0] not in modes.choices:
+        return dmash.main(argv)
+    return dmash.exit_status("unseen.py", lambda: run_command(parser, argv))
 
 
 if __name__ == "__main__":
