@@ -2069,8 +2069,8 @@ def test_an_environment_of_gymnasium_trains_and_resumes(tmp_path, monkeypatch, c
 
 
 def test_terminal_states_met_later_stop_a_run_in_one_line(tmp_path, monkeypatch, capsys):
+    arguments = small_arguments(tmp_path, env="gymnasium:Pendulum-v1")  # which tries the environment
     monkeypatch.setattr(aib_envs.GymnasiumTask, "advance", lambda self, actions: terminate(self))
-    arguments = small_arguments(tmp_path, env="gymnasium:Pendulum-v1")
     assert dmash.main(arguments) == 2
     assert capsys.readouterr().err == "dmash.py: error: gymnasium:Pendulum-v1 has terminal states\n"
 
