@@ -135,8 +135,9 @@ def departed(method):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    method = next((name for name in DEPARTURES if f"--method {name}" in " ".join(argv)), None)
-    if method is None:
+    words = " ".join(argv).replace("=", " ").split()
+    method = words[words.index("--method") + 1] if "--method" in words[:-1] else None
+    if method not in DEPARTURES:
         print(f"departures.py: error: allowed: --method {', '.join(DEPARTURES)}, with settings", file=sys.stderr)
         return 2
     with departed(method):

@@ -256,7 +256,7 @@ def test_through_pi_teaches_eta_by_the_policys_omega_alone(departing):
 @pytest.mark.parametrize("name", departures.DEPARTURES)
 def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(name, tmp_path, capsys):
     command = (
-        f"--method {name} {' '.join(SMALL[:6])} --random-steps 30 --rollouts 1 --hidden 8 --out {tmp_path}".split()
+        f"--method={name} {' '.join(SMALL[:6])} --random-steps 30 --rollouts 1 --hidden 8 --out {tmp_path}".split()
     )
     before = dict(vars(dmash))
     assert departures.main([*command, "--steps", "2"]) == 0
@@ -266,7 +266,8 @@ def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(name, tmp_path, c
 
 
 def test_departures_refuse_other_methods(capsys):
-    assert departures.main(["--method", "dr"]) == 2
+    for words in (["--method", "dr"], ["--env", "ode", "--method"], []):
+        assert departures.main(words) == 2
     assert "allowed: --method included, terminal, fresh, apart" in capsys.readouterr().err
 
 
