@@ -656,7 +656,7 @@ class Config:
     d_z: int = option(8, "size of the context code z", "[1, 10000]")
     hyper_hidden: int = option(64, "width of the two hidden layers of the hypernetwork h_η", "[1, 10000]")
     bottleneck: int = option(32, "width of the adapter g_adapter(x; ω)", "[1, 10000]")
-    bfloat16: bool = option(False, "compute ω in bfloat16: faster on a CPU with AVX512-BF16, far slower on others")
+    bfloat16: bool = option(False, "compute ω in bfloat16: faster on AVX512-BF16, far slower on AVX2 alone")
     hidden: int = option(256, "width of the dynamics model f_θ, the policy π_ξ and the critics Q_ζ", "[1, 10000]")
     gamma: float = option(0.99, "γ, discount factor", "[0, 1]")
     polyak: float = option(0.005, "ρ, rate of the target critics' moving average", "(0, 1]")
