@@ -2,7 +2,7 @@
 
     python studies/departures.py --env cartpole_inv --method terminal --quick    one run; as long as one of dmash.py
 
-The command line is dmash.py's, with five methods more. Four are DMA*-SH but for one thing, done as the published code
+The command line is dmash.py's, with seven methods more. Four are DMA*-SH but for one thing, done as the published code
 does it (results/README.md, "Differences from the published code"):
 
     included    windows of the batch hold the transition to be predicted, as their last entry
@@ -15,12 +15,19 @@ the critics, which it may flatter.
 
     through_pi  as actor_into_eta, but in the critics ω is a constant for the policy's loss
 
+The last two tell whether the baselines that know the context suffer from its units, which the published code leaves as
+they are (a string of .24 to .36 m beside a gravity of 8 to 12 m/s²).
+
+    scaled_concat, scaled_da    as concat and da, with each number of the context from -1 to 1 over its train range
+
 The run folder bears the method's name, so that `studies/compare.py report` sets it beside the others.
 """
 
 import contextlib
 import sys
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import aib_envs  # noqa: E402
@@ -111,14 +118,26 @@ class ApartRollout(dmash.Rollout):
         self.noisy, self.replay.warm_up = noisy, False
 
 
+class ScaledRollout(dmash.Rollout):
+    def __init__(self, agent, envs, **options):
+        super().__init__(agent, envs, **options)
+        ranges = [dim.train for dim in aib_envs.lookup(agent.cfg.env).context]
+        low, high = self.tensor(np.array(ranges, dtype=np.float32).T)  # (d_c,) each
+        self.replay.c = (2 * self.replay.c - low - high) / (high - low)
+
+
 DEPARTURES = {  # what of dmash.py each replaces
     "included": {"Replay": IncludedReplay},
     "terminal": {"Replay": TerminalReplay, "Rollout": TerminalRollout, "critic_loss": terminal_critic_loss},
     "fresh": {"Agent": FreshAgent},
     "apart": {"Replay": ApartReplay, "Rollout": ApartRollout},
     "through_pi": {"actor_loss": through_pi_actor_loss},
+    "scaled_concat": {"Rollout": ScaledRollout},
+    "scaled_da": {"Rollout": ScaledRollout},
 }
-ROWS = {"through_pi": dmash.METHODS["actor_into_eta"]}  # of the table of methods, where it is not that of DMA*-SH
+# the row of the table of methods, where it is not that of DMA*-SH
+BASES = {"through_pi": "actor_into_eta", "scaled_concat": "concat", "scaled_da": "da"}
+ROWS = {method: dmash.METHODS[base] for method, base in BASES.items()}
 
 
 @contextlib.contextmanager

@@ -253,6 +253,20 @@ def test_through_pi_teaches_eta_by_the_policys_omega_alone(departing):
     assert not all(torch.allclose(x, y) for x, y in zip(found, plain))
 
 
+@pytest.mark.parametrize("departing", ["scaled_concat", "scaled_da"], indirect=True)
+def test_scaled_contexts_span_one_in_training_and_more_beyond(departing, monkeypatch):
+    agent, told = departing.agent, departing.rollout.replay.sample(64).c
+    assert torch.equal(told.aminmax(dim=0)[0], -torch.ones(2)) and torch.equal(told.aminmax(dim=0)[1], torch.ones(2))
+    assert torch.equal(departing.rollout.step()[3], told)  # what acting is told
+    contexts = [{"mass": 1.25, "action_factor": -1.0}, {"mass": 2.0, "action_factor": 1.0}]
+    middle = (aib_envs.MASS.train[0] + aib_envs.MASS.train[1]) / 2
+    seen = []
+    monkeypatch.setattr(agent, "act", lambda s, told, noisy, act=agent.act: seen.append(told) or act(s, told, noisy))
+    dmash.evaluate(agent, departing.cfg, contexts)
+    expected = [[(c["mass"] - middle) / (aib_envs.MASS.train[1] - middle), c["action_factor"]] for c in contexts]
+    assert torch.allclose(seen[0], torch.tensor(expected))
+
+
 @pytest.mark.parametrize("name", departures.DEPARTURES)
 def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(name, tmp_path, capsys):
     command = (
