@@ -18,7 +18,7 @@ def style(label):
     in the table is grey."""
     i = aer.rank(label.split(",")[0], aer.METHODS)[0]
     first = dict(linewidth=2.2, zorder=3) if i == 0 else dict(linewidth=1.3)
-    line, marker = ("-", "--", "-.", ":")[(i + i // 8) % 4], "osD^vP*Xphd<>H8.1234x+"[i]
+    line, marker = ("-", "--", "-.", ":")[(i + i // 8) % 4], "osD^vP*Xphd<>H8.1234x+|_"[i]
     return first | dict(
         color=COLOURS[i % 8] if i < len(aer.METHODS) else "0.6",
         marker=marker,
