@@ -18,9 +18,11 @@ VERSIONS = ("version", "torch", "numpy", "mujoco", "gymnasium")
 # no settings that runs must have in common
 APART = ("env", "method", "seed", "out", "threads", "device", "snapshots", *VERSIONS)
 OWN = ("steps", "K", "mask")  # settings whose defaults depend on the environment or the method
-METHODS = "dma_star_sh dma_star_h dma_star dma dma_pearl concat da dr dma_sh rl_adapters no_mask no_input_norm".split()
-METHODS += "no_output_norm critic_into_eta actor_into_eta both_into_eta".split()
-METHODS += "included terminal fresh apart through_pi scaled_concat scaled_da".split()  # studies/departures.py
+METHODS = "dma_star_sh dma_star_h dma_star dma dma_pearl concat da dr".split()  # the paper's
+ABLATIONS = "dma_sh rl_adapters no_mask no_input_norm no_output_norm".split()
+ABLATIONS += "critic_into_eta actor_into_eta both_into_eta".split()
+ABLATIONS += "included terminal fresh apart through_pi scaled_concat scaled_da".split()  # studies/departures.py
+METHODS += ABLATIONS
 BOUNDS = {  # the largest return: the horizon, where no reward is above 1, unlike in walker_gym and hopper_gym
     "non-overlapping": dict(di_inv=100, di_perm=100, cartpole_inv=1000, cheetah_inv=1000, reacher_easy_inv=1000)
     | dict(reacher_hard_inv=1000, reacher_hard_perm=1000, ode=200, **{f"ode_{k}": 200 for k in range(1, 21)})

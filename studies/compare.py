@@ -14,8 +14,8 @@ xargs takes quotes away. Where a value needs them, as an --out with a blank does
 
 `report` reads config.json, metrics.csv and per_context.csv of all run folders in RUNS and writes report.md (returns by
 environment; over environments, scaled returns, gains, probabilities of improvement), report.csv (a row per run) and
-figures (learning curves, returns by context) into --out. The same runs give the same tables, byte for byte. It takes
-seconds; numpy is enough, matplotlib draws the figures.
+figures (learning curves; returns by context, ablations apart) into --out. The same runs give the same tables, byte for
+byte. It takes seconds; numpy is enough, matplotlib draws the figures.
 """
 
 import argparse
@@ -198,9 +198,14 @@ def report(runs):
         parts.append(returns(block))
         if title in drawn:
             number = f"_{same.index(title) + 1}" * (len(same) > 1)
-            file = f"contexts_{re.sub('[^a-zA-Z0-9_]', '.', block[0].env)}{number}.png"
-            figures[file] = "contexts", title, drawn[title]
-            parts.append(f"![Return by context]({file})\n")
+            compared = [run for run in drawn[title] if run.method not in aer.ABLATIONS]
+            others = [run for run in drawn[title] if run.method in aer.ABLATIONS]
+            others = others and [run for run in compared if run.method == OURS] + others  # what they are ablations of
+            for kind, chosen in ("contexts", compared), ("ablations", others):
+                if chosen:
+                    file = f"{kind}_{re.sub('[^a-zA-Z0-9_]', '.', block[0].env)}{number}.png"
+                    figures[file] = "contexts", title, chosen
+                    parts.append(f"![Return by context]({file})\n")
     for settings, same in group(blocks.values(), lambda block: aer.varied(block[0], runs)).items():
         done = aer.finished(same)
         methods = aer.by_rank({m for env in done for m in done[env]}, aer.METHODS)

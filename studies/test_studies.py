@@ -654,16 +654,20 @@ def test_figures_are_those_that_the_report_shows(tmp_path, capsys):
     for seed in (1, 2):
         for env in ("di_inv", "ode_3"):
             make_run(tmp_path / "runs", env, "dma_star_sh", seed, 50)
+    make_run(tmp_path / "runs", "ode_3", "no_mask", 1, 50)  # an ablation, drawn beside dma_star_sh
     make_run(tmp_path / "runs", "di_inv", "dr", 1, 50, steps=15, done=5)
     make_run(tmp_path / "runs", "di_perm", "dr", 1, 50, done=0)
     out = tmp_path / "out"
     report(capsys, tmp_path / "runs", out=out, figures=True)
-    names = {"curves.png", "contexts_di_inv_1.png", "contexts_ode_3.png"}  # the other two are not finished
+    names = {"curves.png", "contexts_di_inv_1.png", "contexts_ode_3.png", "ablations_ode_3.png"}  # two are not finished
     assert {file.name for file in out.glob("*.png")} == names and all(
         (out / name).stat().st_size > 5000 for name in names
     )
     text = (out / "report.md").read_text()
-    assert all(f"({name})" in text for name in names) and text.count(".png") == 3
+    assert all(f"({name})" in text for name in names) and text.count(".png") == 4
+    _, figures = compare.report(aer.read_runs([tmp_path / "runs"]))
+    drawn = {name: sorted({run.method for run in what[-1]}) for name, what in figures.items() if "ode" in name}
+    assert drawn == {"contexts_ode_3.png": ["dma_star_sh"], "ablations_ode_3.png": ["dma_star_sh", "no_mask"]}
 
 
 @pytest.mark.parametrize(
