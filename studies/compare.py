@@ -197,15 +197,13 @@ def report(runs):
         parts += [f"Not comparable with the other {len(same) - 1} tables of this environment.\n"] * (len(same) > 1)
         parts.append(returns(block))
         if title in drawn:
-            number = f"_{same.index(title) + 1}" * (len(same) > 1)
-            compared = [run for run in drawn[title] if run.method not in aer.ABLATIONS]
-            others = [run for run in drawn[title] if run.method in aer.ABLATIONS]
-            others = others and [run for run in compared if run.method == OURS] + others  # what they are ablations of
-            for kind, chosen in ("contexts", compared), ("ablations", others):
-                if chosen:
-                    file = f"{kind}_{re.sub('[^a-zA-Z0-9_]', '.', block[0].env)}{number}.png"
-                    figures[file] = "contexts", title, chosen
-                    parts.append(f"![Return by context]({file})\n")
+            place = re.sub("[^a-zA-Z0-9_]", ".", block[0].env) + f"_{same.index(title) + 1}" * (len(same) > 1)
+            kinds = group(drawn[title], lambda run: "ablations" if run.method in aer.ABLATIONS else "contexts")
+            if "ablations" in kinds:  # beside ours, of which most of them are
+                kinds["ablations"] = [run for run in drawn[title] if run.method == OURS] + kinds["ablations"]
+            for kind in sorted(kinds, reverse=True):  # contexts first
+                figures[f"{kind}_{place}.png"] = "contexts", title, kinds[kind]
+                parts.append(f"![Return by context]({kind}_{place}.png)\n")
     for settings, same in group(blocks.values(), lambda block: aer.varied(block[0], runs)).items():
         done = aer.finished(same)
         methods = aer.by_rank({m for env in done for m in done[env]}, aer.METHODS)
