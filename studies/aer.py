@@ -178,8 +178,9 @@ def by_kind(runs):
     return {"all": [env for env in runs if env in BOUND]} | kinds if len(kinds) > 1 else kinds
 
 
-def last(runs, name):
-    return np.array([run.metrics[-1][name] for run in runs])
+def last(runs, name, n=1):
+    """Of each run, the last evaluation, or the mean of its last n."""
+    return np.array([np.mean([row[name] for row in run.metrics[-n:]]) for run in runs])
 
 
 # ---- Statistics -------------------------------------------------------------------------------------------------
@@ -210,3 +211,17 @@ def estimate(statistic, *samples, n=2000):
     with np.errstate(divide="ignore", invalid="ignore"):
         ends = np.percentile(statistic(*drawn), (2.5, 97.5)) if several else (math.nan, math.nan)
         return [float(x) for x in (statistic(*samples), *ends)]
+
+
+def standing(ours, others):
+    """On which sets ours are "ahead" of the others or "behind": where the two 95 % intervals do not overlap, both at
+    the last evaluation and for the mean of each run's last three."""
+    sides = {"ahead": [], "behind": []}
+    for name in SCORES if ours and others else ():
+        found = set()
+        for n in (1, 3):
+            (_, low, high), (_, their_low, their_high) = (estimate(iqm, [last(of, name, n)]) for of in (ours, others))
+            found.add("ahead" if low > their_high else "behind" if high < their_low else None)
+        if len(found) == 1 and (side := found.pop()):
+            sides[side].append(name)
+    return "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names) or "–"

@@ -51,6 +51,8 @@ samples, which draw seeds within each environment]. The interquartile mean leave
 quarter, rounded down: one each of 4 to 7 seeds, none of fewer. Intervals of few seeds are too narrow: of two, they only
 span these, and where all of one side are above all of the other, a probability has none. `mean` is that of the three
 sets, minutes are the median. Each run by itself: [report.csv](report.csv). Unfinished runs are counted, not averaged.
+`dma_star_sh` is ahead or behind where the intervals of the two do not overlap, both at the last evaluation and for the
+mean of each run's last three.
 """
 SCALED = """Returns divided by the largest possible, of the seeds (how many) that all of these methods have in an
 environment: {}.
@@ -116,9 +118,10 @@ def cell(form, statistic, *samples):
 
 def returns(block):
     """The table of a block: a row for each method, with a note of seeds that are not there and versions that differ."""
-    seeds, lines = {run.seed for run in block}, []
+    seeds, lines, rows = {run.seed for run in block}, [], aer.rows_of(block)
+    ours = [run for run in rows.get(OURS, ()) if run.finished]
     differing = [name for name in aer.VERSIONS if len({run.version(name) for run in block}) > 1]
-    for label, row in aer.rows_of(block).items():
+    for label, row in rows.items():
         done, missing = [run for run in row if run.finished], sorted(seeds - {run.seed for run in row})
         at = {run.seed: run.metrics[-1]["step"] if run.metrics else 0 for run in row if not run.finished}
         notes = [f"seed {seed} unfinished, at {step:,.0f}" for seed, step in at.items()]
@@ -127,9 +130,9 @@ def returns(block):
             values = group(row, lambda run: run.version(name))
             notes += [f"{name} {value}: seed {listed(run.seed for run in of)}" for value, of in values.items()]
         cells = [cell(".1f", aer.iqm, [aer.last(done, name)]) if done else "–" for name in aer.SCORES]
-        minutes = f"{np.median(aer.last(done, 'seconds')) / 60:.1f}" if done else "–"
-        lines.append([f"`{label}`", f"{len(done)} of {len(seeds)}", *cells, minutes, "; ".join(notes)])
-    return table(["method", "seeds", *aer.SCORES, "minutes", "note"], lines)
+        cells += [aer.standing(ours, done), f"{np.median(aer.last(done, 'seconds')) / 60:.1f}" if done else "–"]
+        lines.append([f"`{label}`", f"{len(done)} of {len(seeds)}", *cells, "; ".join(notes)])
+    return table(["method", "seeds", *aer.SCORES, f"`{OURS}` is", "minutes", "note"], lines)
 
 
 def scaled(runs, envs, method, name):

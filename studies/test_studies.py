@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -492,6 +493,25 @@ def test_probability_of_improvement_by_hand():
     assert aer.improvement(ours, other) == pytest.approx(((1 + 0.5 + 0 + 1 + 1 + 0) / 6 + 0) / 2)
 
 
+def test_ahead_or_behind_is_what_the_last_evaluation_and_the_last_three_say():
+    def runs(*histories):
+        return [aer.Run(None, {}, [dict.fromkeys(aer.SCORES, x) | {"train": 0} for x in h], []) for h in histories]
+
+    ours = runs((0, 50, 50, 60), (0, 52, 52, 70))
+    everywhere = "eval_in, eval_out, mean"
+    for other, found in (
+        (runs((99, 40, 40, 40), (99, 45, 45, 59)), f"ahead: {everywhere}"),  # what was before the last three is past
+        (runs((0, 80, 80, 71), (0, 90, 80, 90)), f"behind: {everywhere}"),
+        (runs((0, 80, 80, 40), (0, 80, 80, 59)), "–"),  # only at the end
+        (runs((0, 40, 40, 61), (0, 40, 40, 62)), "–"),  # only before it
+        (runs((0, 40, 40, 40)), "–"),  # one seed has no interval
+        ([], "–"),
+    ):
+        assert aer.standing(ours, other) == found
+        other_way = dict(ahead="behind", behind="ahead")
+        assert aer.standing(other, ours) == re.sub("ahead|behind", lambda word: other_way[word[0]], found)
+
+
 @pytest.fixture(scope="module")
 def five_seeds(tmp_path_factory):
     """Runs on the double integrators: dma_star_sh 50 to 90, concat 5 lower, dr half of it and without the last seed."""
@@ -509,8 +529,9 @@ def test_report_averages_finished_runs_over_seeds(five_seeds, tmp_path, capsys):
     parts, runs = report(capsys, five_seeds, out=tmp_path / "new" / "out")
     assert "28 runs, 27 of them finished. Versions: v1 (28 runs)." in parts["Comparison"]
     returns = rows(parts["di_friction, 10 steps"])
-    seeds, train, eval_in, eval_out, mean, minutes, note = returns["dma_star_sh"]
-    assert (seeds, minutes, note) == ("5 of 5", "13.0", "")
+    seeds, train, eval_in, eval_out, mean, standing, minutes, note = returns["dma_star_sh"]
+    assert (seeds, standing, minutes, note) == ("5 of 5", "–", "13.0", "")
+    assert returns["concat"][5] == "–" and returns["dr"][5] == "ahead: train, eval_in, eval_out, mean"
     assert train == eval_in and [float(cell.split()[0]) for cell in (train, eval_out, mean)] == [70, 66, 68.7]
     low, high = (float(end) for end in train.split("[")[1].strip("]").split(","))
     assert 50 <= low < 60 and 80 < high <= 90
