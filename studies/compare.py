@@ -52,7 +52,7 @@ quarter, rounded down: one each of 4 to 7 seeds, none of fewer. Intervals of few
 span these, and where all of one side are above all of the other, a probability has none. `mean` is that of the three
 sets, minutes are the median. Each run by itself: [report.csv](report.csv). Unfinished runs are counted, not averaged.
 `dma_star_sh` is ahead or behind where the intervals of the two do not overlap, both at the last evaluation and for the
-mean of each run's last three.
+mean of each run's last three, of 3 and 3 seeds, 2 and 5, or more. Of several masks, that of most runs has no label.
 """
 SCALED = """Returns divided by the largest possible, of the seeds (how many) that all of these methods have in an
 environment: {}.
