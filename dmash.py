@@ -82,7 +82,7 @@ class Method(NamedTuple):
     input_norm: bool = True  # AvgL1Norm in the encoder
     output_norm: bool = True  # SimNorm in the encoder
     kl: float = 0.0  # above 0: the code is Gaussian; weight of its KL term, relative to the dynamics loss
-    into_eta: str = "none"  # RL losses that reach η all the same
+    into_eta: str = "none"  # RL losses that reach η all the same, by way of ω in π and Q: how we read the paper
 
 
 PLAIN = dict(mask=0.0, input_norm=False, output_norm=False)  # an encoder without masks and norms
@@ -668,7 +668,7 @@ class Config:
     alpha: float = option(1.0, "α, temperature, at the start", "(0, 100]")
     policy_average: float = option(0.0, "rate of a moving average of the policy, to evaluate by; 0: none", "[0, 1]")
     buffer: int = option(100_000, "replay capacity per context, in transitions", "[1, 1e9]")
-    random_steps: int = option(5000, "steps of uniformly random actions before the first gradient step", "[0, 1e9]")
+    random_steps: int = option(5000, "random steps before the first gradient step, warm-ups not counted", "[0, 1e9]")
 
     def __post_init__(self):
         """Fills in the defaults of environment and method, and checks; BadInput names the first bad value."""
@@ -787,7 +787,7 @@ class Run:
                 run.load_state_dict(state)
             for name, value in asdict(asked).items() if asked else ():
                 there = getattr(run.cfg, name)
-                if value != there and name not in ("steps", "out", "device", "threads"):
+                if value != there and name not in ("steps", "out", "threads"):
                     raise BadInput(f"{flag(name)} {value}: {folder} holds a run with {flag(name)} {there}")
             if asked and run.evaluated == run.step >= asked.steps:
                 return print(f"{folder}: complete, {run.step:,} steps")
@@ -980,7 +980,9 @@ def catch_signals():
 def summary(row, steps):
     """The line printed at an evaluation."""
     sets = "  ".join(f"{name} {row[name]:.1f}" for name in SETS)
-    losses = f"dynamics loss {row['dynamics_loss']:.2e}  alpha {row['alpha']:.3f}"
+    losses = f"alpha {row['alpha']:.3f}"
+    if not math.isnan(row["dynamics_loss"]):  # there is an f
+        losses = f"dynamics loss {row['dynamics_loss']:.2e}  {losses}"
     rate, diverged = row["steps_per_second"], sum(row[f"diverged_{name}"] for name in SETS)
     left = f"{rate:.1f} steps/s  {(steps - row['step']) / rate / 60:.0f} min left"
     note = f"  {diverged} evaluation episodes diverged" * bool(diverged)

@@ -2557,6 +2557,13 @@ def test_a_policy_in_another_folder_says_whose_it_is(run, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("di_inv, dma_star_sh, seed 1, step 40, ")
 
 
+def test_an_evaluation_tells_a_dynamics_loss_where_there_is_a_dynamics_model(tmp_path, capsys):
+    for method in ("dma_star", "dr"):
+        assert dmash.main(small_arguments(tmp_path, method=method, steps=2)) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2 "))
+        assert ("  dynamics loss " in line) == (method == "dma_star") and "  alpha " in line and "nan" not in line
+
+
 def test_same_seed_same_metrics_bit_for_bit(run, tmp_path):
     assert dmash.main(small_arguments(tmp_path)) == 0
     assert same_run(tmp_path / run.name, run)
@@ -2743,6 +2750,10 @@ def test_a_run_may_be_asked_for_twice(run, tmp_path, capsys, monkeypatch):
     assert dmash.main([*arguments, "--threads", "2", "--steps", "30"]) == 0  # it has these, and made them with 1 thread
     assert dmash.main([*arguments, "--gamma", ".5"]) == 2
     assert capsys.readouterr().err == f"dmash.py: error: --gamma 0.5: {folder} holds a run with --gamma 0.99\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert dmash.main([*arguments, "--device", "cuda"]) == 2  # rather than train on the CPU without a word
+    assert capsys.readouterr().err == f"dmash.py: error: --device cuda: {folder} holds a run with --device cpu\n"
     assert dmash.main([*arguments, "--steps", "50"]) == 0 and read(folder / "metrics.csv")[-1]["step"] == "50"
     (folder / "checkpoint.pt").write_bytes(b"")
     assert dmash.main(arguments) == 2 and "checkpoint.pt cannot be read" in capsys.readouterr().err
