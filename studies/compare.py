@@ -36,6 +36,7 @@ from aer import BadInput, group
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `plan` finds dmash
 
 OURS = "dma_star_sh"
+LATE = {name: (name, 1) for name in aer.SCORES} | {"mean, last three": ("mean", 3)}  # how many evaluations
 # The paper's scaled returns (10 seeds, all of its environments), whose ratios are its Table 9
 PAPER_METHODS = ("concat", "da", "dr", "dma", "dma_pearl", "dma_star", "dma_star_sh")
 PAPER = {
@@ -85,9 +86,7 @@ def commands(envs, methods, seeds, given):
     try:
         settings = {k: v for k, v in vars(dmash.build_parser().parse_args(given)).items() if v not in (None, False)}
         if wrong := [k for k in settings if k in aer.APART[:3] or k not in dmash.Config.__annotations__]:
-            raise BadInput(
-                f"{dmash.flag(wrong[0])}: not here; allowed: --envs, --methods, --seeds, settings of dmash.py"
-            )
+            raise BadInput(f"{dmash.flag(wrong[0])}: not here; allowed: --envs, --methods, --seeds, settings of a run")
         if split := [word for word in given if "\n" in word]:
             raise BadInput(f"{split[0]!r}: must be one line, as each line is a command")
         for env, method, seed in product(envs, methods, (min(numbers), max(numbers))):
@@ -135,9 +134,9 @@ def returns(block):
     return table(["method", "seeds", *aer.SCORES, f"`{OURS}` is", "minutes", "note"], lines)
 
 
-def scaled(runs, envs, method, name):
+def scaled(runs, envs, method, name, n=1):
     """Strata of scaled returns."""
-    return [aer.last(runs[env][method], name) / aer.BOUND[env] for env in envs]
+    return [aer.last(runs[env][method], name, n) / aer.BOUND[env] for env in envs]
 
 
 def scaled_returns(done, methods):
@@ -162,22 +161,22 @@ def against_each(done, methods):
         runs = aer.shared(done, (OURS, m)) if m != OURS else {}
         for i, (kind, envs) in enumerate(aer.by_kind(runs).items()):
             cells = []
-            for name in aer.SCORES:
-                cells.append(cell("+.1%", aer.gain, *(scaled(runs, envs, who, name) for who in (OURS, m))))
+            for name, n in LATE.values():
+                cells.append(cell("+.1%", aer.gain, *(scaled(runs, envs, who, name, n) for who in (OURS, m))))
                 if m in (paper := dict(zip(PAPER_METHODS, PAPER.get((kind, name), ())))):
                     cells[-1] += f" (paper {paper[OURS] / paper[m] - 1:+.1%})"
             which = ": " + listed(f"{env} ({len(runs[env][m])})" for env in envs) if i == 0 else ""
             gains.append([f"`{m}`", kind + which, *cells])
         if envs := [env for env in done if m != OURS and {m, OURS} <= set(done[env])]:
             cells = []
-            for name in aer.SCORES:
-                pair = ([aer.last(done[env][who].values(), name) for env in envs] for who in (OURS, m))
+            for name, n in LATE.values():
+                pair = ([aer.last(done[env][who].values(), name, n) for env in envs] for who in (OURS, m))
                 cells.append(cell(".2f", aer.improvement, *pair))
             odds.append([f"`{m}`", listed(envs), *cells])
     for text, lines in ((GAINS, gains), (ODDS, odds)):
         if lines:
             yield text
-            yield table(["over", "environments", *aer.SCORES], lines)
+            yield table(["over", "environments", *LATE], lines)
 
 
 def report(runs):

@@ -561,7 +561,9 @@ def test_report_over_environments(five_seeds, tmp_path, capsys):
     kinds = {(method, kind.split(":")[0]): cells for method, kind, *cells in gains}
     assert list(kinds) == [(f"`{m}`", k) for m in ("concat", "dr") for k in ("all", "non-overlapping", "overlapping")]
     assert gains[0][1] == "all: di_inv (5), di_friction (5)" and gains[3][1] == "all: di_inv (4), di_friction (3)"
-    train, eval_in, eval_out, mean = kinds["`dr`", "all"]
+    train, eval_in, eval_out, mean, late = kinds["`dr`", "all"]
+    # interquartile mean of `train`: 74 and 37; at step 5 half of that; eval_out is 4 lower
+    assert mean.startswith("+103.7% [") and late.startswith("+105.0% [")  # (74 - 4/3) / (37 - 4/3), 3/4 of 74 and 37
     assert train.startswith("+100.0% [") and train.endswith("(paper +50.0%)") and "paper" not in eval_in + mean
     assert eval_out.endswith("(paper +58.1%)") and kinds["`concat`", "all"][2].endswith("(paper +11.5%)")
     assert kinds["`concat`", "overlapping"][0].startswith("+7.7% [")  # 70 / 65
