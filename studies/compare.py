@@ -36,7 +36,7 @@ from aer import BadInput, group
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `plan` finds dmash
 
 OURS = "dma_star_sh"
-LATE = {name: (name, 1) for name in aer.SCORES} | {"mean, last three": ("mean", 3)}  # how many evaluations
+COLUMNS = {name: (name, 1) for name in aer.SCORES} | {"mean, last three": ("mean", 3)}  # of how many evaluations
 # The paper's scaled returns (10 seeds, all of its environments), whose ratios are its Table 9
 PAPER_METHODS = ("concat", "da", "dr", "dma", "dma_pearl", "dma_star", "dma_star_sh")
 PAPER = {
@@ -161,7 +161,7 @@ def against_each(done, methods):
         runs = aer.shared(done, (OURS, m)) if m != OURS else {}
         for i, (kind, envs) in enumerate(aer.by_kind(runs).items()):
             cells = []
-            for name, n in LATE.values():
+            for name, n in COLUMNS.values():
                 cells.append(cell("+.1%", aer.gain, *(scaled(runs, envs, who, name, n) for who in (OURS, m))))
                 if m in (paper := dict(zip(PAPER_METHODS, PAPER.get((kind, name), ())))):
                     cells[-1] += f" (paper {paper[OURS] / paper[m] - 1:+.1%})"
@@ -169,14 +169,14 @@ def against_each(done, methods):
             gains.append([f"`{m}`", kind + which, *cells])
         if envs := [env for env in done if m != OURS and {m, OURS} <= set(done[env])]:
             cells = []
-            for name, n in LATE.values():
+            for name, n in COLUMNS.values():
                 pair = ([aer.last(done[env][who].values(), name, n) for env in envs] for who in (OURS, m))
                 cells.append(cell(".2f", aer.improvement, *pair))
             odds.append([f"`{m}`", listed(envs), *cells])
     for text, lines in ((GAINS, gains), (ODDS, odds)):
         if lines:
             yield text
-            yield table(["over", "environments", *LATE], lines)
+            yield table(["over", "environments", *COLUMNS], lines)
 
 
 def report(runs):
