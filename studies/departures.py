@@ -2,8 +2,9 @@
 
     python studies/departures.py --env cartpole_inv --method terminal --quick    one run; as long as one of dmash.py
 
-The command line is dmash.py's, with seven methods more. Four are DMA*-SH but for one thing, done as the published code
-does it (results/README.md, "Differences from the published code"):
+The command line is dmash.py's, with seven methods more; a run that was stopped goes on by the same command with
+--go-on. Four are DMA*-SH but for one thing, done as the published code does it (results/README.md, "Differences from
+the published code"):
 
     included    windows of the batch hold the transition to be predicted, as their last entry
     terminal    the time limit is a terminal state in the critics' target
