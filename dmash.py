@@ -751,6 +751,7 @@ class Run:
     def __init__(self, cfg, folder):
         torch.set_num_threads(cfg.threads)
         keep_freed_memory()
+        torch.set_flush_denormal(True)  # Adam's averages for dead units sink below 1e-38, where CPUs are slow
         torch.manual_seed(cfg.seed)
         self.cfg, self.folder, self.version = cfg, Path(folder), code_version()
         self.agent = new_agent(cfg)

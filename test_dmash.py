@@ -3449,6 +3449,24 @@ def test_a_system_without_mallopt_costs_nothing(missing, monkeypatch):
     dmash.keep_freed_memory()
 
 
+def test_averages_of_dead_units_become_zero():
+    """And not numbers below 1e-38, which a CPU is slow with: after 100,000 steps they are a third of Adam's averages.
+    In all of torch's threads."""
+    code = """if True:
+        import torch, dmash, test_dmash
+        dmash.Run(test_dmash.small_config(threads=2), ".")
+        weight = torch.ones(2**20, requires_grad=True)
+        weight.grad = torch.zeros(2**20)
+        adam = torch.optim.Adam([weight], fused=True)
+        adam.step()
+        bits = adam.state[weight]["exp_avg"].view(torch.int32)
+        bits.fill_(1000)  # 1.4e-42
+        adam.step()
+        print(bits.count_nonzero().item())"""
+    done = command(code=code)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
 def test_signal_handlers_are_put_back():
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.default_int_handler) for number in numbers]  # also where one was ignored
