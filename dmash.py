@@ -667,7 +667,7 @@ class Config:
     alpha_lr: float = option(1e-3, "learning rate of the temperature α", "(0, 1]")
     alpha: float = option(1.0, "α, temperature, at the start", "(0, 100]")
     policy_average: float = option(0.0, "rate of a moving average of the policy, to evaluate by; 0: none", "[0, 1]")
-    buffer: int = option(100_000, "replay capacity per context, in transitions", "[1, 1e9]")
+    buffer: int = option(None, "replay capacity per context (default: 100,000 steps, warm-ups not counted)", "[1, 1e9]")
     random_steps: int = option(5000, "random steps before the first gradient step, warm-ups not counted", "[0, 1e9]")
 
     def __post_init__(self):
@@ -682,6 +682,7 @@ class Config:
         method = METHODS[self.method]
         steps = spec.steps // 10 if self.quick else spec.steps
         defaults = dict(K=spec.K, steps=steps, mask=method.mask, threads=torch.get_num_threads())
+        defaults["buffer"] = 100_000 * (spec.K + spec.horizon) // spec.horizon  # K steps of warm-up in each episode
         for f in fields(self):
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
             value = defaults.get(f.name) if value is None else value

@@ -17,7 +17,7 @@ SCORES = (*SETS, "mean")  # of the three sets
 VERSIONS = ("version", "torch", "numpy", "mujoco", "gymnasium")
 # no settings that runs must have in common
 APART = ("env", "method", "seed", "out", "threads", "device", "snapshots", *VERSIONS)
-OWN = ("steps", "K", "mask")  # settings whose defaults depend on the environment or the method
+OWN = ("steps", "K", "mask", "buffer")  # settings whose defaults depend on the environment or the method
 METHODS = "dma_star_sh dma_star_h dma_star dma dma_pearl concat da dr".split()  # the paper's
 ABLATIONS = "dma_sh rl_adapters no_mask no_input_norm no_output_norm".split()
 ABLATIONS += "critic_into_eta actor_into_eta both_into_eta".split()
