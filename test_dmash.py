@@ -1016,8 +1016,8 @@ def test_windows_over_random_episode_lengths(seed):
 
 @pytest.mark.parametrize("env", ["cartpole_inv", "di_inv"])
 def test_warm_ups_take_no_room_in_the_replay(env):
-    """It holds the last 100,000 steps of a run: when warm-ups counted, a run of 100,000 lost its first 11,000 on the way,
-    which showed in the critics' loss (results/README.md)."""
+    """It holds the last 100,000 steps of a run: when warm-ups counted, a run of 100,000 lost its first 11,000 on the
+    way, which showed in the critics' loss (results/README.md)."""
     cfg = dmash.Config(env=env)
     warm_ups = math.ceil(100_000 / aib_envs.lookup(env).horizon) * cfg.K
     assert cfg.buffer == 100_000 + warm_ups
