@@ -232,8 +232,7 @@ class Network(nn.Module):
             inputs = torch.cat([inputs, told.repeat_interleave(len(inputs) // len(told), 0)], -1)
         x = self.trunk(inputs)  # (B, 256), no activation yet
         if self.how == "adapter":
-            omega = self.own(told) if self.own else told
-            x = x + adapter(x, omega)
+            x = x + adapter(x, self.own(told) if self.own else told)
         return self.head(F.relu(x))
 
 
@@ -634,16 +633,17 @@ QUICK |= dict(policy_average=0.005, eval_every=1000)
 
 @dataclass
 class Config:
-    """Every setting; the defaults are the paper's, those of `quick()` learn in minutes. Numbers may be text."""
+    """Every setting; the defaults are the paper's, those of `quick()` learn in minutes (`quick=True` alone sets
+    only steps and folder). Numbers may be text."""
 
     env: str = option("cartpole_inv", "python aib_envs.py shows all; or module:id of your own, or gymnasium:id")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
     seed: int = option(1, "seed of everything random", "[0, 4294967295]")
     quick: bool = option(False, f"learn in minutes: steps / 10, {', '.join(f'{k} {v}' for k, v in QUICK.items())}")
     steps: int = option(None, "gradient steps (default: by environment)", "[1, 1e9]")
-    out: str = option("runs", "folder in which the run folder <env>__<method>__s<seed> is made")
+    out: str = option("runs", "folder in which the run folder <env>__<method>[__quick]__s<seed> is made")
     device: str = option("cpu", "torch device: cpu, cuda or cuda:<number>")
-    threads: int = option(None, "torch CPU threads (default: torch's choice)", "[1, 1024]")
+    threads: int = option(None, "torch CPU threads (default: torch's choice; of --eval, the run's)", "[1, 1024]")
     eval_every: int = option(5000, "gradient steps between evaluations", "[1, 1e9]")
     eval_rollouts: int = option(1, "episodes per context at evaluations on the way", "[1, 1000]")
     rollouts: int = option(10, "episodes per context at the last evaluation and with --eval", "[1, 1000]")
@@ -674,7 +674,7 @@ class Config:
         """Fills in the defaults of environment and method, and checks; BadInput names the first bad value."""
         try:
             spec = aib_envs.lookup(self.env)
-        except (ValueError, ImportError, gymnasium.error.Error) as error:
+        except (ValueError, ImportError, TypeError, gymnasium.error.Error) as error:  # TypeError: ./module:id
             ours = isinstance(error, ValueError)  # and names the environment
             raise BadInput(error if ours else f"--env {self.env}: {one_line(error)}") from None
         if self.method not in METHODS:
@@ -747,7 +747,8 @@ ACTING = ("g.", "h.", "pi.", "pi_average.")  # the weights in policy.pt
 
 class Run:
     """A run, and all that it must remember to go on as if it had never stopped: `Run.start` and `Run.resume` train it.
-    OSError if a file cannot be written, FloatingPointError if a number is not finite: files stay as they were."""
+    OSError names a file that cannot be written, FloatingPointError a number that is not finite; no file is left half
+    written, and a resume writes all of them anew from the checkpoint."""
 
     def __init__(self, cfg, folder):
         torch.set_num_threads(cfg.threads)
@@ -778,7 +779,7 @@ class Run:
     @classmethod
     def resume(cls, folder, steps=None, asked=None):
         """The run in `folder` as its checkpoint left it, with more `steps` if given. `asked`, a Config: BadInput if the
-        run has other settings, and nothing to do if it is complete."""
+        run has other settings (but for steps, out and threads), and nothing to do if it is complete."""
         folder, path = Path(folder), Path(folder) / "checkpoint.pt"
         if not path.is_file():
             raise BadInput(f"--resume {folder}: no run folder (it has no {path.name})")
@@ -791,7 +792,7 @@ class Run:
                 there = getattr(run.cfg, name)
                 if value != there and name not in ("steps", "out", "threads"):
                     raise BadInput(f"{flag(name)} {value}: {folder} holds a run with {flag(name)} {there}")
-            if asked and run.evaluated == run.step >= asked.steps:
+            if asked and run.evaluated == run.cfg.steps >= asked.steps:
                 return print(f"{folder}: complete, {run.step:,} steps")
             if steps is not None:
                 run.cfg.steps = number("--steps", steps, int, f"[{run.cfg.steps}, 1e9]")
@@ -951,7 +952,7 @@ def require_finite(tensors):
 def keep_freed_memory():
     """Has glibc keep the memory of a gradient step for the next one. Given back, it is asked for anew and cleared page
     by page, which took up to a fifth of the time. Elsewhere nothing happens."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # musl and macOS, none, Windows
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt; no library; Windows, which wants a name
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest value
@@ -1046,7 +1047,7 @@ def replace_file(path, write):
 
 
 def load(path):
-    """What torch.save wrote, onto the CPU, without running any code in it."""
+    """What torch.save wrote, onto the CPU. No code in it is run; but the setting `env` may name a module to import."""
     with zipfile.ZipFile(path) as archive:  # torch.load does not look at the check sums that torch.save wrote
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} is damaged")
@@ -1161,7 +1162,7 @@ def build_parser():
     modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
     modes.add_argument("--list-methods", action="store_true", help="print the table of methods")
     parser.add_argument("--per-context", action="store_true", help="with --eval: print the return of every context")
-    parser.add_argument("--go-on", action="store_true", help="start the run, or go on with it if its folder is there")
+    parser.add_argument("--go-on", action="store_true", help="start the run, or go on with it if it was begun")
     for f in fields(Config):
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
@@ -1175,7 +1176,7 @@ def build_parser():
 
 def exit_status(program, command):
     """Runs `command()` and returns the exit status: 0; 2 for bad input or a file that cannot be used, 1 for a number
-    that is not finite, each told in one line as the error of `program`; 130 after a second Ctrl-C."""
+    that is not finite, each told in one line as the error of `program`; 130 after a Ctrl-C that nothing else caught."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

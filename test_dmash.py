@@ -2756,6 +2756,8 @@ def test_a_run_may_be_asked_for_twice(run, tmp_path, capsys, monkeypatch):
         patch.setattr(dmash, "catch_signals", stopping_after(80))
         assert dmash.main(arguments) == 0
     assert dmash.load(folder / "checkpoint.pt")["step"] == 20 and "stopped at step 20" in capsys.readouterr().out
+    assert dmash.main([*arguments, "--steps", "20"]) == 2  # evaluated there, but on the way to 40
+    assert "--steps 20: must be a whole number in [40, 1e9]" in capsys.readouterr().err
     assert dmash.main(arguments) == 0 and same_run(run, folder)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     capsys.readouterr()
@@ -2997,6 +2999,7 @@ def test_help_names_every_setting():
 BAD_COMMANDS = [
     ("--env cartpole", "unknown environment 'cartpole' (did you mean cartpole_inv?)"),
     ("--env nonsense", "unknown environment 'nonsense'; known: di_inv, di_friction, di_perm, ode, cartpole_inv, "),
+    ("--env ./my_module:my_env", "--env ./my_module:my_env: the 'package' argument is required"),
     ("--stepz 5", "unrecognized arguments: --stepz 5"),
     ("extra", "unrecognized arguments: extra"),
     ("--steps 0", "--steps 0: must be a whole number in [1, 1e9]"),
