@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -106,7 +107,7 @@ class ContextDim(NamedTuple):
 MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), positive=True)  # kg
 FRICTION = ContextDim("friction", 1.0, (0.5, 1.5), (0.1, 2.0))  # kg/s
 ACTION_FACTOR = ContextDim("action_factor", 1.0, (-1.0, 1.0))  # multiplies the action: -1 inverts every actuator
-SIGN_X, SIGN_Y = (ContextDim(f"sign_{axis}", 1.0, (-1.0, 1.0)) for axis in "xy")  # the same, for one actuator each
+SIGN_X, SIGN_Y = (ContextDim(f"sign_{axis}", 1.0, (-1.0, 1.0)) for axis in "xy")  # the first and second actuator
 SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))  # 1 exchanges the first two actuators
 POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), positive=True)  # half the pole, m
 LENGTH_SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), positive=True)  # multiplies limb lengths
@@ -126,22 +127,21 @@ def context_sets(env_id, n=20, seed=0):
 
     A continuous dimension has 50 values: evenly spaced over the train range (train); over that range shrunk by 1 %
     of its width at both ends (eval_in); 25 below and 25 above it, at least 1 % away, up to the extrapolation limits
-    (eval_out). A binary dimension keeps both values. Up to two continuous dimensions, `n` evenly spaced entries of the
-    sorted mesh are taken; with more, `n` random draws of a generator seeded with `seed`.
+    (eval_out). Up to two continuous dimensions, `n` evenly spaced entries of their sorted mesh are taken; with more,
+    `n` random draws of a generator seeded with `seed`. An n above the size of the mesh repeats contexts.
 
-    n = 20 gives the published sets, in which a binary dimension's values stand 11 to 9; with any other n they take
-    turns, and so do always the pairs of values of two. An n above the size of the mesh repeats contexts.
+    Binary values, and the combinations of several, take turns; but beside one or two continuous dimensions, n = 20
+    gives the published sets, in which the two values of a binary dimension stand 11 to 9.
 
     Returns {"train": [...], "eval_in": [...], "eval_out": [...]}. Raises ValueError for an unknown id or n < 1.
     """
     dims = lookup(env_id).context
-    turns = 2 ** sum(dim.binary for dim in dims)  # combinations of binary values, side by side in the mesh
+    graded, binary = ([dim for dim in dims if dim.binary == which] for which in (False, True))
+    turns = list(itertools.product(*(dim.train for dim in binary)))  # combinations of binary values
     if not (isinstance(n, (int, np.integer)) and n >= 1):
         raise ValueError(f"n={n!r}: the number of contexts must be a whole number of at least 1")
 
     def values(dim, which):
-        if dim.binary:
-            return np.array(dim.train)
         (low, high), (far_low, far_high) = dim.train, dim.extrapolation
         margin = 0.01 * (high - low)
         if which == "train":
@@ -153,16 +153,17 @@ def context_sets(env_id, n=20, seed=0):
     rng = np.random.default_rng(seed)
 
     def draw(which):
-        axes = [values(dim, which) for dim in dims]
-        if sum(not dim.binary for dim in dims) > 2:
-            chosen = np.stack([rng.choice(axis, n) for axis in axes], axis=-1)  # (n, dims)
+        axes, turn = [values(dim, which) for dim in graded], np.arange(n)
+        if len(graded) > 2:
+            chosen = zip(*[rng.choice(axis, n) for axis in axes])
         else:
-            mesh = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(dims))  # sorted
-            entries = np.linspace(0, len(mesh) - 1, n).astype(int)
-            if dims[-1].binary and (turns > 2 or n != 20):  # else some would come more often
-                entries = entries // turns * turns + np.arange(n) % turns
-            chosen = mesh[entries]
-        return [{dim.name: float(value) for dim, value in zip(dims, row)} for row in chosen]
+            mesh = list(itertools.product(*axes))  # sorted
+            entries = np.linspace(0, len(mesh) * len(turns) - 1, n).astype(int)  # binary values side by side in it
+            chosen = [mesh[entry // len(turns)] for entry in entries]
+            if graded and n == 20 and len(turns) == 2:
+                turn = entries
+        rows = [dict(zip(graded + binary, (*row, *turns[t % len(turns)]))) for row, t in zip(chosen, turn)]
+        return [{dim.name: float(row[dim]) for dim in dims} for row in rows]
 
     return {which: draw(which) for which in ("train", "eval_in", "eval_out")}
 
@@ -183,14 +184,14 @@ class ActuatorInversion(gymnasium.ActionWrapper, RecordConstructorArgs):
         RecordConstructorArgs.__init__(self, signs=signs)
         gymnasium.ActionWrapper.__init__(self, env)
         space = env.action_space
-        self.signs = np.asarray(signs, dtype=np.float64)
+        self.signs = np.array(signs, dtype=np.float64)
         if not isinstance(space, gymnasium.spaces.Box) or not np.array_equal(space.low, -space.high):
             raise ValueError(f"action space {shown(space)}: must be a Box symmetric about zero")
         if self.signs.shape not in ((), (1,), space.shape) or not np.isfinite(self.signs).all():
             raise ValueError(f"signs {shown(signs)}: must be a finite number, or one for each of {space.shape}")
 
     def action(self, action):
-        return (np.asarray(action) * self.signs).astype(self.action_space.dtype)
+        return (finite("action", action, self.action_space.shape) * self.signs).astype(self.action_space.dtype)
 
 
 class ActuatorPermutation(gymnasium.ActionWrapper, RecordConstructorArgs):
@@ -202,17 +203,18 @@ class ActuatorPermutation(gymnasium.ActionWrapper, RecordConstructorArgs):
     def __init__(self, env, order):
         RecordConstructorArgs.__init__(self, order=order)
         gymnasium.ActionWrapper.__init__(self, env)
-        space, self.order = env.action_space, np.asarray(order)
+        space, self.order = env.action_space, np.array(order)
         if not (isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1):
             raise ValueError(f"action space {shown(space)}: must be a Box of one axis")
         (size,) = space.shape
-        if self.order.dtype.kind not in "iu" or sorted(self.order.tolist()) != list(range(size)):
+        numbers = self.order.dtype.kind in "iu" and self.order.shape == (size,)
+        if not numbers or sorted(self.order.tolist()) != list(range(size)):
             raise ValueError(f"order {shown(order)}: must be a permutation of 0 ... {size - 1}")
         if not all(np.array_equal(bound[self.order], bound) for bound in (space.low, space.high)):
             raise ValueError(f"order {shown(order)}: must leave actuators with other bounds in place, {shown(space)}")
 
     def action(self, action):
-        return np.asarray(action)[self.order]
+        return finite("action", action, self.action_space.shape)[self.order].astype(self.action_space.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,8 +237,10 @@ class Task:
     def build(self):
         """Makes everything that depends on the contexts, from nominal values."""
         self.c = {name: np.array([context[name] for context in self.contexts]) for name in self.contexts[0]}
-        signs = [self.c[name] for name in ("action_factor", "sign_x", "sign_y") if name in self.c]
-        self.signs = np.stack(signs or [np.ones(self.N)], axis=-1)  # (N, 1), or one for each of two actuators
+        self.signs = np.ones((self.N, self.d_a)) * self.c.get("action_factor", np.ones(self.N))[:, None]
+        for i, name in enumerate(("sign_x", "sign_y")):
+            if name in self.c:
+                self.signs[:, i] *= self.c[name]
         order = np.arange(self.d_a)  # a swap exchanges the first two
         self.order = np.where(self.c["swap"][:, None] == 1, [1, 0, *order[2:]], order) if "swap" in self.c else None
 
@@ -600,6 +604,7 @@ class Reacher(MujocoTask):
     def initial_state(self, i, rng):
         qpos = self.random_joints(self.models[i], rng)
         angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.2)
+        self.target = self.target.copy()  # not that of with_contexts' other task
         self.target[i] = radius * np.sin(angle), radius * np.cos(angle)
         return np.concatenate([qpos, np.zeros(2)])
 
@@ -919,7 +924,8 @@ class GymnasiumTask(Task):
     state_size = 0
 
     def __init__(self, contexts):
-        make = lambda: gymnasium.wrappers.RescaleAction(gymnasium.make(self.gymnasium_id), -1, 1)
+        endless = lambda: gymnasium.make(self.gymnasium_id, max_episode_steps=-1)  # the horizon is counted by the views
+        make = lambda: gymnasium.wrappers.RescaleAction(endless(), -1, 1)
         self.envs = gymnasium.vector.SyncVectorEnv([make] * len(contexts))
         super().__init__(contexts)
 
@@ -934,9 +940,9 @@ class GymnasiumTask(Task):
 
     def advance(self, actions):
         actions = np.clip(actions * self.c["actuator_strength"][:, None], -1, 1)
-        self.s, self.r, terminated, *_ = self.envs.step(actions.astype(np.float32))
-        if terminated.any():
-            raise BadEnvironment(f"gymnasium:{self.gymnasium_id} has terminal states: the method knows none")
+        self.s, self.r, terminated, truncated, _ = self.envs.step(actions.astype(np.float32))
+        if terminated.any() or truncated.any():
+            raise BadEnvironment(f"gymnasium:{self.gymnasium_id} has terminal states: the method knows none but time")
 
     def observation(self):
         return self.s
@@ -954,11 +960,11 @@ def gymnasium_spec(gymnasium_id):
     env = gymnasium.make(gymnasium_id)
     horizon, spaces = env.spec.max_episode_steps, (env.observation_space, env.action_space)
     boxes = all(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1 for space in spaces)
-    if not (boxes and env.action_space.is_bounded() and horizon):
-        what = "Boxes of one axis as spaces, bounded actions and a horizon (max_episode_steps)"
+    if not (boxes and env.action_space.is_bounded() and env.action_space.dtype.kind == "f" and horizon):
+        what = "Boxes of one axis as spaces, bounded float actions and a horizon (max_episode_steps)"
         raise BadEnvironment(f"gymnasium:{gymnasium_id}: must have {what}")
     d_s, d_a = (space.shape[0] for space in spaces)
-    sizes = dict(gymnasium_id=gymnasium_id, d_s=d_s, d_a=d_a, dt=1 / env.metadata.get("render_fps", 30))
+    sizes = dict(gymnasium_id=gymnasium_id, d_s=d_s, d_a=d_a, dt=1 / (env.metadata.get("render_fps") or 30))
     spec = EnvSpec(type(gymnasium_id, (GymnasiumTask,), sizes), (STRENGTH, ACTION_FACTOR), horizon, NON)
     rng, task = np.random.default_rng(0), spec.cls([{"actuator_strength": 1.0, "action_factor": 1.0}])
     task.reset([rng])
@@ -1003,7 +1009,7 @@ def register(env_id, cls, context, horizon, kind=NON, **rest):
         require(isinstance(getattr(cls, name, None), int), f"must give {name}, a whole number")
     for name in ("dt", "initial_state", "set_state", "state", "advance", "observation", "reward", "picture"):
         require(getattr(cls, name, None) is not None, f"has no {name}")
-    require(cls.d_a > 1 or "swap" not in default, "has no two actuators to swap")
+    require(cls.d_a > 1 or not {"swap", "sign_y"} & default.keys(), "has no two actuators")
     task = cls([default] * 2)
     task.reset([np.random.default_rng(0)] * 2)
     task.step(np.zeros((2, cls.d_a)))
@@ -1037,7 +1043,8 @@ register("di_signs", DoubleIntegrator, (MASS, SIGN_X, SIGN_Y), 100, NON)
 
 def lookup(env_id):
     """The EnvSpec of an id of the table, of "module:id", where importing the module registers the id, or of
-    "gymnasium:id", for an environment of Gymnasium. ValueError, ImportError or Gymnasium's own for an unknown one."""
+    "gymnasium:id", for an environment of Gymnasium. ValueError, ImportError, TypeError (./module:id) or Gymnasium's
+    own for an unknown one."""
     module, _, name = str(env_id).rpartition(":")
     if module.split(":")[0] == "gymnasium":
         return gymnasium_spec(str(env_id).removeprefix("gymnasium:"))
@@ -1159,13 +1166,23 @@ def make(env_id, **options):
     return env
 
 
+def contextual(env):
+    """The ContextualEnv that `env` wraps."""
+    if not isinstance(env.unwrapped, ContextualEnv):
+        raise ValueError(f"{shown(env)}: must be an environment of aib_envs, with a context")
+    return env.unwrapped
+
+
 class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
-    """Draws a context at each reset, by the environment's generator, from a list or the set of that name."""
+    """Draws a context at each reset, by the environment's generator, from a list (what that does not name stays as the
+    environment has it now) or the set of that name."""
 
     def __init__(self, env, contexts="train"):
         RecordConstructorArgs.__init__(self, contexts=contexts)
         gymnasium.Wrapper.__init__(self, env)
-        self.contexts = contexts_of(env.unwrapped.env_id, contexts)
+        self.contexts = contexts_of(contextual(env).env_id, contexts)
+        if not isinstance(contexts, str):
+            self.contexts = contexts_of(env.unwrapped.env_id, [env.unwrapped.context | each for each in contexts])
 
     def reset(self, *, seed=None, options=None):
         """Values in options["context"] take the place of drawn ones."""
@@ -1183,7 +1200,9 @@ class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
     def __init__(self, env, key=None):
         RecordConstructorArgs.__init__(self, key=key)
         gymnasium.ObservationWrapper.__init__(self, env)
-        space, self.key = box(len(env.unwrapped.context)), key
+        space, self.key = box(len(contextual(env).context)), key
+        if key is None and len(env.observation_space.shape or ()) != 1:
+            raise ValueError(f"observation space {shown(env.observation_space)}: needs a key, as it has not one axis")
         if key is None:
             self.observation_space = box(env.observation_space.shape[0] + space.shape[0])
         else:
@@ -1191,7 +1210,9 @@ class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
 
     def observation(self, observation):
         context = np.float32(list(self.unwrapped.context.values()))
-        return np.append(observation, context) if self.key is None else {"observation": observation, self.key: context}
+        if self.key is None:
+            return np.append(observation, context).astype(np.float32)
+        return {"observation": observation, self.key: context}
 
 
 class VectorEnv:
@@ -1257,10 +1278,11 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         if options:
             raise ValueError(f"options {shown(options)}: a vector environment has none")
         if seed is not None:
-            seeds = seed + np.arange(self.num_envs) if np.ndim(seed) == 0 else seed
+            seeds = [seed + i for i in range(self.num_envs)] if np.ndim(seed) == 0 else seed
             if len(seeds) != self.num_envs:
                 raise ValueError(f"seed {shown(seed)}: must be a number, or {self.num_envs} of them")
-            self.envs.rngs = [np.random.default_rng(each) for each in seeds]
+            rngs = zip(seeds, self.envs.rngs)  # None: goes on
+            self.envs.rngs = [rng if each is None else np.random.default_rng(each) for each, rng in rngs]
         return self.envs.reset(), self.infos()
 
     def infos(self):

@@ -1620,6 +1620,16 @@ def test_actuator_wrappers_on_any_environment():
     for wrapped, same in ((env, [0.2, -0.8]), (swapped, [0.8, 0.2])):
         wrapped.reset(seed=0), plain.reset(seed=0)
         np.testing.assert_allclose(wrapped.step(np.array([0.2, 0.8]))[0], plain.step(np.array(same))[0], atol=1e-7)
+        for wrong in ([0.2], [0.2, 0.8, 0.3]):
+            with pytest.raises(ValueError, match="must be 2 finite numbers"):
+                wrapped.step(wrong)
+    signs, order = np.array([-1.0, 1.0]), np.array([1, 0])
+    env, swapped = (
+        f(plain, x) for f, x in zip((aib_envs.ActuatorInversion, aib_envs.ActuatorPermutation), (signs, order))
+    )
+    signs *= -1
+    order[:] = 0
+    assert env.action([1, 1]).tolist() == [-1, 1] and swapped.action([1, 0]).tolist() == [0, 1]
 
 
 BAD_CALLS = [
@@ -1673,6 +1683,16 @@ BAD_CALLS = [
     (lambda: permuted("hopper_gym", [1, 0]), "order [1, 0]: must be a permutation of 0 ... 2"),
     (lambda: permuted("di_inv", [True, False]), "order [True, False]: must be a permutation of 0 ... 1"),
     (lambda: permuted("di_inv", [[1, 0]]), "order [[1, 0]]: must be a permutation of 0 ... 1"),
+    (lambda: permuted("di_inv", 1), "order 1: must be a permutation of 0 ... 1"),
+    (
+        lambda: aib_envs.RandomContext(gymnasium.make("Pendulum-v1")),
+        "must be an environment of aib_envs, with a context",
+    ),
+    (lambda: aib_envs.AddContext(gymnasium.make("Pendulum-v1")), "must be an environment of aib_envs, with a context"),
+    (
+        lambda: aib_envs.AddContext(gymnasium.wrappers.FrameStackObservation(aib_envs.make("ode"), 4)),
+        "needs a key, as it has not one axis",
+    ),
     (lambda: permuted("di_inv", [1, 0], bounds=[1.0, 2.0]), "order [1, 0]: must leave actuators with other bounds in"),
 ]
 
@@ -1932,6 +1952,38 @@ def test_random_contexts_and_contexts_that_are_told(env_id):
     assert told.reset(options={"context": fixed})[1]["context"] == fixed
 
 
+def test_a_random_context_leaves_what_it_does_not_name():
+    env = aib_envs.RandomContext(aib_envs.make("cartpole_inv", length=0.8), [{"action_factor": -1}])
+    assert env.reset(seed=0)[1]["context"] == {"length": 0.8, "action_factor": -1}
+    env.reset(options={"context": {"length": 0.4}})
+    assert env.reset()[1]["context"]["length"] == 0.8  # what the environment had when it was wrapped
+
+
+def test_a_told_context_keeps_the_type_of_its_space():
+    env = aib_envs.AddContext(gymnasium.wrappers.DtypeObservation(aib_envs.make("di_inv"), np.float64))
+    assert env.reset(seed=0)[0] in env.observation_space
+
+
+def test_a_task_in_other_contexts_leaves_the_first_one_alone():
+    task = aib_envs.VectorEnv("reacher_easy_inv", [{}, {}], seed=0).task
+    task.reset([np.random.default_rng(0)] * 2)
+    target = task.target.copy()
+    other = task.with_contexts(task.contexts)
+    other.reset([np.random.default_rng(1)] * 2)
+    assert np.array_equal(task.target, target) and not np.array_equal(other.target, target)
+
+
+def test_vector_seeds_of_none_go_on():
+    def starts():
+        envs = make_vec("di_inv", 2)
+        envs.reset(seed=2**70)
+        return envs.reset(seed=[None, 5])[0]
+
+    first = starts()
+    np.testing.assert_array_equal(first, starts())
+    np.testing.assert_array_equal(first[1], make_vec("di_inv", 2).reset(seed=[4, 5])[0][1])
+
+
 def test_a_random_context_and_state_are_independent():
     """Of one seed each: the starts in the first half of the contexts spread like those in the second."""
     env = aib_envs.RandomContext(aib_envs.make("ode"), "train")
@@ -1999,7 +2051,7 @@ WRONG_CLASSES = [
     ({"reward": lambda self: self.x}, "gives a reward of shape (2, 2) for two instances: must be (2,)"),
     ({"reward": lambda self: 1.0}, "gives a reward of shape () for two instances: must be (2,)"),
     *(({name: None}, f"has no {name}") for name in ("picture", "dt", "initial_state", "reward")),
-    ({"context": [GAIN, aib_envs.SWAP]}, "has no two actuators to swap"),
+    ({"context": [GAIN, aib_envs.SWAP]}, "has no two actuators"),
 ]
 
 
@@ -2010,6 +2062,35 @@ def test_register_says_what_is_wrong_with_a_class(changes, message, registered):
     with pytest.raises(ValueError) as error:
         aib_envs.register("slider", type("Slider", (Slider,), changes), context, 50)
     assert str(error.value) == f"environment 'slider': Slider {message}" and aib_envs.ENVS == before
+
+
+def test_signs_go_by_their_names(registered):
+    X, Y = aib_envs.SIGN_X, aib_envs.SIGN_Y
+    aib_envs.register("y", aib_envs.DoubleIntegrator, [aib_envs.MASS, Y], 50)
+    aib_envs.register("both", aib_envs.DoubleIntegrator, [aib_envs.MASS, X, aib_envs.ACTION_FACTOR], 50)
+    for env_id, context, signs in (
+        ("y", {"sign_y": -1}, [1, -1]),
+        ("both", {"action_factor": -1}, [-1, -1]),
+        ("both", {"action_factor": -1, "sign_x": -1}, [1, -1]),
+    ):
+        plain, signed = aib_envs.make("di_inv"), aib_envs.make(env_id, **context)
+        plain.reset(seed=0), signed.reset(seed=0)
+        action = np.array([0.3, 0.7])
+        np.testing.assert_array_equal(plain.step(action)[0], signed.step(action * signs)[0])
+
+
+def test_binary_values_take_turns_in_any_environment(registered):
+    """Alone, before a graded dimension, and beside so many that contexts are drawn."""
+    graded = [aib_envs.ContextDim(f"c{i}", 0.0, (-1.0, 1.0), (-2.0, 2.0)) for i in range(3)]
+    for env_id, dims in {"alone": [], "first": [aib_envs.MASS], "drawn": graded}.items():
+        task = type(
+            "Task", (Slider,), {"build": lambda self: aib_envs.Task.build(self) or self.c.setdefault("gain", 1)}
+        )
+        aib_envs.register(env_id, task, [aib_envs.ACTION_FACTOR, *dims], 50)
+        for n in (1, 4, 5, 19, *([20] if env_id != "first" else [])):
+            for contexts in aib_envs.context_sets(env_id, n).values():
+                assert list(contexts[0]) == ["action_factor", *(dim.name for dim in dims)]
+                assert [context["action_factor"] for context in contexts] == [(-1.0, 1.0)[i % 2] for i in range(n)]
 
 
 def test_a_swap_leaves_further_actuators_alone(registered):
@@ -2081,6 +2162,45 @@ def test_an_environment_of_gymnasium_trains_and_resumes(tmp_path, monkeypatch, c
     new = f"{folder}: a new episode begins, as the state of gymnasium:Pendulum-v1 cannot be saved"
     assert capsys.readouterr().out.splitlines()[0] == new and len(read(folder / "metrics.csv")) == 1
     assert dmash.load(folder / "checkpoint.pt")["rollout"]["replay"]["t"] == 4 + 5 + 3 + 4 + 3  # with its warm-up
+
+
+class Ends(gymnasium.Env):
+    """Counts its steps, and its own end comes after 5 of 20; a number of another kind acts."""
+
+    observation_space = gymnasium.spaces.Box(-100, 100, (1,), np.float32)
+
+    def __init__(self, after=5, dtype=np.float32):
+        self.after, self.action_space = after, gymnasium.spaces.Box(-2, 2, (1,), dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.float32([0]), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.float32([self.t]), 1.0, False, self.t == self.after, {}
+
+
+def test_an_environment_of_gymnasium_ends_by_its_horizon_alone(registered):
+    """A reset unasked for would be stored as dynamics."""
+    for env_id, options in {
+        "Ends-v0": {},
+        "Whole-v0": dict(after=99, dtype=np.int64),
+        "Long-v0": dict(after=99),
+    }.items():
+        gymnasium.register(env_id, Ends, max_episode_steps=20, kwargs=options)
+    with pytest.raises(
+        aib_envs.BadEnvironment, match="gymnasium:Ends-v0 has terminal states: the method knows none but"
+    ):
+        aib_envs.make("gymnasium:Ends-v0")
+    with pytest.raises(aib_envs.BadEnvironment, match="gymnasium:Whole-v0: must have .* bounded float actions"):
+        aib_envs.make("gymnasium:Whole-v0")
+    env = aib_envs.make("gymnasium:Long-v0", horizon=50)
+    env.reset(seed=0)
+    steps = [env.step([0.5]) for _ in range(50)]
+    assert [int(s[0]) for s, *_ in steps] == list(range(1, 51))
+    assert [truncated for *_, truncated, _ in steps] == [False] * 49 + [True]
 
 
 def test_terminal_states_met_later_stop_a_run_in_one_line(tmp_path, monkeypatch, capsys):
