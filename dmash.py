@@ -844,7 +844,7 @@ class Run:
         if self.evaluated == cfg.steps:
             print(f"{self.folder}: {', '.join(FILES)}")
         else:
-            print(f"stopped at step {self.step:,}; to go on: python dmash.py --resume {self.folder}")
+            print(f"stopped at step {self.step:,}; to go on: python {sys.argv[0]} --resume {self.folder}")
 
     def gradient_step(self):
         """One step of all contexts and one update of the networks."""

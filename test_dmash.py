@@ -2912,7 +2912,7 @@ def test_sigterm_saves_and_a_second_process_is_refused(run, tmp_path):
     process.terminate()
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0 and error == ""
-    assert out.splitlines()[-1].endswith(f"to go on: python dmash.py --resume {folder}")
+    assert out.splitlines()[-1].endswith(f"to go on: python {HERE / 'dmash.py'} --resume {folder}")
     assert dmash.load(folder / "checkpoint.pt")["step"] >= 20
 
 

@@ -114,7 +114,7 @@ def study(agent, rollouts):
     """Rows of adaptation.csv, and for each question, for `window` each k, the mean rewards over time of the rollouts
     and of their reference, (T // 2,) each."""
     cfg = agent.cfg
-    contexts = aib_envs.context_sets(cfg.env)["train"]
+    contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
     dim = mirrored_dim(cfg.env)
     if not dim.binary:
         contexts = [context | {dim.name: dim.train[i % 2]} for i, context in enumerate(contexts)]
@@ -193,13 +193,13 @@ def run_command(args):
     if len({agent.cfg.env for agent in agents}) > 1:
         each = ", ".join(f"{run} of {agent.cfg.env}" for run, agent in zip(args.runs, agents))
         raise dmash.BadInput(f"{each}: must be of one environment")
-    out, rows, found = Path(args.out), [], []
+    out, rows, found, several = Path(args.out), [], [], len({agent.cfg.K for agent in agents}) > 1
     out.mkdir(parents=True, exist_ok=True)
     for agent in agents:
         of_run, curves = study(agent, rollouts)
         print(summary(of_run), flush=True)
         rows += of_run
-        found.append((agent.cfg.method, curves))
+        found.append((agent.cfg.method + f", K {agent.cfg.K}" * several, curves))
     (out / "adaptation.csv").write_bytes(dmash.csv_text(rows).encode())
     try:
         draw(agents[0].cfg.env, found).savefig(out / "adaptation.png", dpi=110)

@@ -44,6 +44,7 @@ class Run(NamedTuple):
     config: dict
     metrics: list  # a dict of numbers per evaluation, with the mean of the three sets
     contexts: list  # a dict per context of the last evaluation, once the run is finished
+    label: str = ""  # what it is told by in tables and figures
 
     env = property(lambda run: run.config["env"])
     method = property(lambda run: run.config["method"])
@@ -72,7 +73,17 @@ def read_runs(places):
         if key in runs:
             raise BadInput(f"{run.folder}: the same run as {runs[key].folder}; give only one of them")
         runs[key] = run
-    return [runs[key] for key in sorted(runs)]
+    return with_labels([runs[key] for key in sorted(runs)])
+
+
+def with_labels(runs):
+    """Labels them by method and, where a method has several masks, by mask too, but for that of most of its runs."""
+    main, mask = {}, lambda run: run.settings.get("mask", "–")
+    for method, of in group(runs, lambda run: run.method).items():
+        masks = group(of, mask)
+        main[method] = max(masks, key=lambda value: sum(run.finished for run in masks[value]))
+    other = lambda run: mask(run) != main[run.method]
+    return [run._replace(label=run.method + f", mask {mask(run)}" * other(run)) for run in runs]
 
 
 def read_run(folder):
@@ -149,13 +160,23 @@ def blocks_of(runs):
 
 
 def rows_of(block):
-    """The runs of a block by method; where one has several masks, by method and mask but for that of most runs."""
-    rows = {}
-    for method, runs in group(block, lambda run: run.method).items():
-        of_mask = group(runs, lambda run: varied(run, runs, ()))
-        main = max(of_mask, key=lambda mask: sum(run.finished for run in of_mask[mask]))
-        rows |= {method + mask * (mask != main): of_mask[mask] for mask in of_mask}
-    return rows
+    """The runs of a block by label."""
+    return group(block, lambda run: run.label)
+
+
+def full_label(run, runs):
+    """Its method and the settings in which the runs of its environment differ, the mask only from its own method's."""
+    of_env = [other for other in runs if other.env == run.env]
+    of_method = [other for other in of_env if other.method == run.method]
+    mask = f", mask {run.settings.get('mask', '–')}" * ("mask" in differing(of_method))
+    return run.method + varied(run, of_env, ("mask",)) + mask
+
+
+def own(block):
+    """The settings of a block whose defaults depend on environment and method, in a line."""
+    masks = group(block, lambda run: run.settings.get("mask"))
+    masks = [f"mask {mask} ({', '.join(dict.fromkeys(run.label for run in of))})" for mask, of in masks.items() if mask]
+    return ", ".join([f"{name} {block[0].settings.get(name, '–')}" for name in ("K", "buffer")] + masks)
 
 
 def finished(blocks):

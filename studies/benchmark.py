@@ -105,7 +105,7 @@ def phase_seconds(run, steps):
 
 def print_phases(cfg):
     """Times one episode with its warm-up and prints where the time went."""
-    run, steps = warm_run(cfg), aib_envs.ENVS[cfg.env].horizon
+    run, steps = warm_run(cfg), aib_envs.lookup(cfg.env).horizon
     seconds, total = phase_seconds(run, steps)
     ms = {phase: value / steps * 1e3 for phase, value in seconds.items()} | {"total": total / steps * 1e3}
     memory = peak_memory()  # before the operations are counted, which takes more
@@ -130,7 +130,7 @@ def vector_step_times(env, contexts, steps=300):
     MuJoCo). Both from the same starts and with the same actions, taking turns; the medians."""
     envs = aib_envs.VectorEnv(env, aib_envs.context_sets(env, contexts)["train"], seed=0)
     envs.reset()
-    twin = aib_envs.ENVS[env].cls(envs.task.contexts)
+    twin = aib_envs.lookup(env).cls(envs.task.contexts)
     twin.set_state(envs.task.state())
     has_models, times = isinstance(twin, aib_envs.MujocoTask), ([], [])
     for actions in np.random.default_rng(0).uniform(-1, 1, (steps, contexts, envs.d_a)):

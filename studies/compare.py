@@ -50,10 +50,10 @@ INTRO = """# Comparison
 Average episodic return (AER) at the last evaluation: interquartile mean over seeds [95 % interval of 2,000 bootstrap
 samples, which draw seeds within each environment]. The interquartile mean leaves out the lowest and the highest
 quarter, rounded down: one each of 4 to 7 seeds, none of fewer. Intervals of few seeds are too narrow: of two, they only
-span these, and where all of one side are above all of the other, a probability has none. `mean` is that of the three
-sets, minutes are the median. Each run by itself: [report.csv](report.csv). Unfinished runs are counted, not averaged.
-`dma_star_sh` is ahead or behind where the intervals of the two do not overlap, both at the last evaluation and for the
-mean of each run's last three, of 3 and 3 seeds, 2 and 5, or more. Of several masks, that of most runs has no label.
+span these, and where all of one side are above all of the other, that of a probability has no width. `mean` is that of
+the three sets, minutes are the median. Each run by itself: [report.csv](report.csv). Unfinished runs are counted, not
+averaged. `dma_star_sh` is ahead or behind where the intervals of the two do not overlap, both at the last evaluation
+and for the mean of each run's last three, of 3 and 3 seeds, 2 and 5, or more. A mask other than most runs' is named.
 """
 SCALED = """Returns divided by the largest possible, of the seeds (how many) that all of these methods have in an
 environment: {}.
@@ -197,7 +197,7 @@ def report(runs):
         same = [other for other in blocks if blocks[other][0].env == block[0].env]
         parts.append(f"## {title}\n")
         parts += [f"Not comparable with the other {len(same) - 1} tables of this environment.\n"] * (len(same) > 1)
-        parts.append(returns(block))
+        parts += [f"{aer.own(block)}.\n", returns(block)]
         if title in drawn:
             place = re.sub("[^a-zA-Z0-9_]", ".", block[0].env) + f"_{same.index(title) + 1}" * (len(same) > 1)
             kinds = group(drawn[title], lambda run: "ablations" if run.method in aer.ABLATIONS else "contexts")
@@ -222,7 +222,7 @@ def runs_table(runs):
     """The text of report.csv: a row per run, without returns if it is not finished."""
     text, parent = io.StringIO(newline=""), os.path.commonpath([run.folder.parent for run in runs])
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*aer.APART[:3], "steps", *aer.SCORES, "minutes", "diverged", "version", "folder"])
+    writer.writerow([*aer.APART[:3], *aer.OWN, *aer.SCORES, "minutes", "diverged", "version", "folder"])
     for run in runs:
         numbers = [""] * (len(aer.SCORES) + 2)
         if run.finished:
@@ -231,7 +231,8 @@ def runs_table(runs):
             numbers = [f"{x:.6g}" for x in (*(end[name] for name in aer.SCORES), end["seconds"] / 60)]
             numbers.append(f"{sum(diverged):g}" if diverged else "")
         folder = run.folder.relative_to(parent).as_posix()
-        writer.writerow([run.env, run.method, run.seed, run.steps, *numbers, run.version("version"), folder])
+        own = [run.config.get(name, "") for name in aer.OWN]
+        writer.writerow([run.env, run.method, run.seed, *own, *numbers, run.version("version"), folder])
     return text.getvalue()
 
 

@@ -50,9 +50,9 @@ def curves(blocks):
 
 
 def contexts(title, block):
-    """Return in each context at the last evaluation, mean over seeds: against each context value or, for ode and from
-    three dimensions on, the distance from the centre of the train range, 1 at its ends. Signs apart, that range grey.
-    """
+    """Return in each context at the last evaluation, mean over seeds: against each context value; for ode and from
+    three dimensions on, the distance from the centre of the values trained on, 1 at their ends; where there are only
+    signs, the place in the set. Signs apart, what was trained on grey."""
     names = [name for name in block[0].contexts[0] if name not in ("step", "set", "index", "return", "diverged")]
     signs, graded = [name for name in names if name in SIGNS], [name for name in names if name not in SIGNS]
     trained = {name: [row[name] for row in block[0].contexts if row["set"] == "train"] for name in graded}
@@ -64,6 +64,8 @@ def contexts(title, block):
     places = {name: (lambda row, name=name: row[name], ends[name]) for name in graded}
     if len(graded) > 2 or block[0].env.startswith("ode"):
         places = {"distance from the centre": (distance, (0, 1))}
+    if not graded:
+        places = {"place in the set": (lambda row: row["index"], (0, 0))}
     panels = list(product(product(*(SIGNS[name] for name in signs)), places))
     figure = Figure(figsize=(1 + 4.5 * len(panels), 4.4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharex=len(places) == 1, sharey=True, squeeze=False)[0]

@@ -2,14 +2,14 @@
 
     python studies/departures.py --env cartpole_inv --method terminal --quick    one run; as long as one of dmash.py
 
-The command line is dmash.py's, with seven methods more; a run that was stopped goes on by the same command with
---go-on. Four are DMA*-SH but for one thing, done as the published code does it (results/README.md, "Differences from
-the published code"):
+The command line is dmash.py's, with --go-on, --resume and --eval, and seven methods more. Four are DMA*-SH but for one
+thing, done as the published code does it (results/README.md, "Differences from the published code"):
 
     included    windows of the batch hold the transition to be predicted, as their last entry
     terminal    the time limit is a terminal state in the critics' target
     fresh       encoder and hypernetwork run again, with fresh masks, for the critics and for each step of the policy
-    apart       warm-ups act by the mean action, without masks, and stay out of the replay; none among random actions
+    apart       warm-ups act by the mean action, without masks, and stay out of the replay (and of the column
+                env_steps); none among random actions
 
 The fifth tells what it is in actor_into_eta that does the harm: there the policy's loss reaches η through π and through
 the critics, which it may flatter.
@@ -153,12 +153,28 @@ def departed(method):
         vars(dmash).update(before)
 
 
+def method_of(words):
+    """The departure asked for, by each word of the command line and the next; BadInput if there is none."""
+    method = words.get("--method")
+    if run := words.get("--resume") or words.get("--eval"):
+        path = Path(run) / "policy.pt" if Path(run).is_dir() else Path(run)
+        with dmash.reading(path):
+            method = dmash.load(path)["settings"]["method"]
+    if method not in DEPARTURES:
+        raise dmash.BadInput(f"allowed: --method {', '.join(DEPARTURES)}, with settings, or a run of one of these")
+    return method
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     words = " ".join(argv).replace("=", " ").split()
-    method = words[words.index("--method") + 1] if "--method" in words[:-1] else None
-    if method not in DEPARTURES:
-        print(f"departures.py: error: allowed: --method {', '.join(DEPARTURES)}, with settings", file=sys.stderr)
+    if {"-h", "--help"} & {*words}:
+        print(__doc__)
+        return 0
+    try:
+        method = method_of(dict(zip(words, words[1:])))
+    except dmash.BadInput as error:
+        print(f"departures.py: error: {error}", file=sys.stderr)
         return 2
     with departed(method):
         return dmash.main(argv)

@@ -207,6 +207,8 @@ def run_command(args):
     spec = aib_envs.lookup(cfg.env)
     try:
         contexts = contexts_from(args.contexts, cfg.env)
+        for context in contexts:
+            aib_envs.full_context(cfg.env, mirrored(cfg.env, context))
         task = spec.cls(contexts)
         task.reset([np.random.default_rng(0)] * len(contexts))
         task.picture(0)

@@ -35,6 +35,7 @@ import contextlib
 import csv
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mutual_information
@@ -241,8 +242,10 @@ def read(places):
         if agent.method.context == "none":
             raise dmash.BadInput(f"{place}: {cfg.method} is told nothing of the context; allowed: any other method")
         name = cfg.folder.name + f"__{agent.step}" * (place.is_file() and place.name != "policy.pt")
-        if name in runs:
-            raise dmash.BadInput(f"{place}: the same run as {runs[name][0]}; give only one of them")
+        for other, there, _ in runs.values():
+            if (replace(there.cfg, out=cfg.out), there.step) == (cfg, agent.step):
+                raise dmash.BadInput(f"{place}: the same run as {other}; give only one of them")
+        name += f"__{len(runs) + 1}" * (name in runs)  # with other settings
         runs[name] = place, agent, Space(cfg.env)
     return runs
 

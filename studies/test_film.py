@@ -141,6 +141,18 @@ def test_adaptation_writes_a_table_and_a_figure_and_the_controls_lose_nothing(sa
         assert float(row["lost"]) == pytest.approx(50 * (float(row["reference"]) - float(row["reward"])), abs=1e-3)
 
 
+def test_runs_of_several_lengths_of_window_have_lines_of_their_own(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    runs = []
+    for K in (8, 12):
+        cfg = dmash.Config(env="di_inv", method="dma_star", out=tmp_path / str(K), K=K, **SMALL)
+        cfg.folder.mkdir(parents=True)
+        dmash.Run(cfg, cfg.folder).save()
+        runs.append(str(cfg.folder))
+    assert adaptation.main([*runs, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/adaptation.png").exists()
+
+
 def test_adaptation_of_an_environment_without_modes_goes_between_the_ends(monkeypatch):
     seen = []
 
@@ -150,7 +162,7 @@ def test_adaptation_of_an_environment_without_modes_goes_between_the_ends(monkey
 
     monkeypatch.setattr(adaptation, "rewards", rewards)
     rows, _ = adaptation.study(untrained("dr", "walker"), rollouts=2)
-    assert set(map(tuple, np.round(seen, 6))) == {(4.91, 14.71) * 10 + (14.71, 4.91) * 10}
+    assert set(map(tuple, np.round(seen, 6))) == {(4.91, 14.71) * 2 + (14.71, 4.91) * 2}  # as many as trained on
     assert {row["mode"] for row in rows} == {"all", "gravity=4.91", "gravity=14.71"}
 
 
@@ -234,6 +246,9 @@ def test_bad_input_is_refused_in_one_line(saved, tmp_path, capsys):
     assert "--rollouts 0" in refusal(adaptation, [di, "--rollouts", 0], capsys)
     assert "mess" in refusal(film, [di, "--contexts", "mess=1"], capsys)
     assert "x" in refusal(film, [di, "--contexts", "mass=x"], capsys)
+    assert "mass=0.0: must be" in refusal(
+        film, [saved("dr", "di_friction"), "--contexts", "mass=2"], capsys
+    )  # mirrored
     assert "up to 4" in refusal(film, [di, "--contexts", *["mass=1"] * 5], capsys)
     assert "--seconds 99" in refusal(film, [di, "--seconds", 99], capsys)
     assert "--seed -1" in refusal(film, [di, "--seed", -1], capsys)

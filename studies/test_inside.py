@@ -212,6 +212,11 @@ def test_numbers_need_no_matplotlib(short, tmp_path, capsys, monkeypatch):
     assert not {"I(Z;S)", "I(Z;U|S)", "undone", "return, other mode"} & quantities
 
 
+def test_runs_of_one_name_and_other_settings_are_told_apart(tmp_path):
+    places = [run_of(tmp_path / str(d_z), d_z=d_z) for d_z in (4, 8)]
+    assert list(inside.read(places)) == ["di_inv__dma_star_sh__s1", "di_inv__dma_star_sh__s1__2"]
+
+
 def test_refusals_are_one_line(tmp_path, capsys):
     ours, dr = run_of(tmp_path), run_of(tmp_path, method="dr")
     (tmp_path / "file").touch()

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -280,10 +281,28 @@ def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(name, tmp_path, c
     assert "step 4 " in capsys.readouterr().out and (tmp_path / f"di_inv__{name}__s1" / "policy.pt").is_file()
 
 
+def test_a_departure_that_was_stopped_goes_on_by_the_line_it_prints(tmp_path, monkeypatch, capsys):
+    command = f"--method terminal {' '.join(SMALL)} --random-steps 30 --rollouts 1 --steps 4 --out {tmp_path}".split()
+    folder = tmp_path / "di_inv__terminal__s1"
+    monkeypatch.setattr(sys, "argv", ["studies/departures.py", *command])
+    with monkeypatch.context() as patch:
+        step = dmash.Run.gradient_step
+        patch.setattr(dmash.Run, "gradient_step", lambda run: step(run) or signal.raise_signal(signal.SIGINT))
+        assert departures.main(command) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"to go on: python studies/departures.py --resume {folder}")
+    assert departures.main(last.split("departures.py ")[1].split()) == 0 and "step 4 " in capsys.readouterr().out
+    assert departures.main(["--eval", str(folder), "--rollouts", "1"]) == 0
+    assert capsys.readouterr().out.startswith("di_inv, terminal, seed 1, step 4,")
+    assert departures.main(["--help"]) == 0 and capsys.readouterr().out.startswith(departures.__doc__)
+
+
 def test_departures_refuse_other_methods(capsys):
     for words in (["--method", "dr"], ["--env", "ode", "--method"], []):
         assert departures.main(words) == 2
     assert "allowed: --method included, terminal, fresh, apart" in capsys.readouterr().err
+    assert departures.main(["--resume", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("departures.py: error: nowhere cannot be read (")
 
 
 # ---- compare.py plan --------------------------------------------------------------------------------------------
@@ -540,10 +559,11 @@ def test_report_averages_finished_runs_over_seeds(five_seeds, tmp_path, capsys):
     assert returns["dr"][:2] == ["3 of 5", "36.7 [25.0, 45.0]"]  # of three seeds, the mean: (45 + 25 + 40) / 3
     assert returns["dr"][-1] == "seed 14 unfinished, at 5; seed 15 missing"
     assert len(runs) == 28 and list(runs[0]) == (
-        "env method seed steps train eval_in eval_out mean minutes diverged version folder".split()
+        "env method seed steps K mask buffer train eval_in eval_out mean minutes diverged version folder".split()
     )
     row = next(row for row in runs if row["folder"] == "di_inv__concat__quick__s12")
-    expected = dict(env="di_inv", method="concat", seed="12", steps="10", train="45", eval_in="45", eval_out="41")
+    expected = dict(env="di_inv", method="concat", seed="12", steps="10", K="24", mask="0.0", buffer="124000")
+    expected |= dict(train="45", eval_in="45", eval_out="41")
     expected |= dict(mean="43.6667", minutes="12", diverged="12", version="v1", folder="di_inv__concat__quick__s12")
     assert row == expected
     (half,) = [row for row in runs if not row["train"]]
@@ -617,6 +637,23 @@ def test_what_is_not_comparable_is_kept_apart(tmp_path, capsys):
         assert list(rows(parts[title])) == ["dr"] and rows(parts[title])["dr"][:2] == ["1 of 1", value]
     assert "`dr` | non-overlapping: di_inv (2) | +100.0%" in parts["Gain of `dma_star_sh`"]  # of the mask of most runs
     assert {row["folder"] for row in runs} >= {"other/di_inv__dr__quick__s1", "di_inv__dr__quick__s1"}
+
+
+def test_masks_are_told_apart_between_environments_too(tmp_path, capsys):
+    """And with K and buffer, whose defaults depend on the environment, below each title and in report.csv."""
+    for env, mask in (("di_inv", 0.4), ("di_perm", 0.4), ("ode", 0.2)):
+        make_run(tmp_path / "runs", env, "dma_star_sh", 1, 60, mask=mask, K=6)
+        make_run(tmp_path / "runs", env, "dr", 1, 50, K=6)
+    parts, runs = report(capsys, tmp_path / "runs", out=tmp_path)
+    title = next(title for title in parts if title.startswith("ode"))
+    assert set(rows(parts[title])) == {"dma_star_sh, mask 0.2", "dr"}
+    assert "`dr` | non-overlapping: di_inv (1), di_perm (1) |" in parts["Gain of `dma_star_sh`"]
+    assert "mask 0.4 (dma_star_sh).\n" in parts[next(title for title in parts if title.startswith("di_inv"))]
+    assert {(row["env"], row["K"], row["mask"]) for row in runs if row["method"] != "dr"} == {
+        ("di_inv", "6", "0.4"),
+        ("di_perm", "6", "0.4"),
+        ("ode", "6", "0.2"),
+    }
 
 
 def test_of_several_lengths_the_one_with_most_runs_is_aggregated(tmp_path, capsys):
@@ -740,6 +777,17 @@ def test_three_graded_dimensions_are_shown_by_distance(tmp_path):
     run = aer.read_run(make_run(tmp_path, "walker", "dr", 1, 50))
     run = run._replace(contexts=[row | {"third": row["gravity"] / 2} for row in run.contexts])
     assert [ax.get_xlabel() for ax in compare_figures.contexts("title", [run]).axes] == ["distance from the centre"]
+
+
+def test_a_context_of_signs_alone_has_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    import compare_figures
+
+    run = aer.read_run(make_run(tmp_path, "di_inv", "dr", 1, 50))
+    for row in run.contexts:
+        del row["mass"]
+    labels = [ax.get_xlabel() for ax in compare_figures.contexts("title", aer.with_labels([run])).axes]
+    assert labels == ["place in the set"] * 2
 
 
 def test_a_method_looks_the_same_in_all_figures_and_like_no_other(five_seeds):

@@ -150,17 +150,40 @@ def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
     far = masses[(masses < 0.1) | (masses > 2)].mean()
     for sign, more in ((1, 0), (-1, 1000)):
         table = text.split(f"di_inv: mass, action_factor {sign}\n\n")[1].split("\n\n")[0]
-        assert table.startswith("| method | train range | extrapolation range | beyond |")
-        for method, seed in (("dr", 2), ("da", 1)):  # the mean of seeds 1 and 3
+        assert table.startswith("| method | seeds | train range | extrapolation range | beyond |")
+        for method, seeds, seed in (("dr", 2, 2), ("da", 1, 1)):  # the mean of seeds 1 and 3
             cells = " | ".join(f"{seed * (value + more):.1f}" for value in (inside, near, far))
-            assert f"| `{method}` | {cells} |" in table
+            assert f"| `{method}` | {seeds} | {cells} |" in table
     strengths = text.split("di_inv: action_factor\n")[1]
     assert (
-        strengths.split()[:13:2] == ["|"] * 7 and strengths.split()[3:16:2] == "±0 ±0.1 ±0.25 ±0.5 ±1 ±1.5 ±2".split()
+        strengths.split()[:15:2] == ["|"] * 8 and strengths.split()[5:18:2] == "±0 ±0.1 ±0.25 ±0.5 ±1 ±1.5 ±2".split()
     )
-    assert "| `da` | 1.0 | 1.0 | 1.0 | 1.0 | 501.0 | 1.0 | 1.0 |" in strengths
+    assert "| `da` | 1 | 1.0 | 1.0 | 1.0 | 1.0 | 501.0 | 1.0 | 1.0 |" in strengths
     assert all(float(row["diverged"]) == (float(row["return"]) < 1) for row in rows)
     assert (tmp_path / "out" / "beyond_di_inv.png").exists() == drawn == ("no figure is drawn" not in text)
+
+
+def test_policies_of_other_settings_are_told_apart_and_none_counts_twice():
+    def labels(*settings):
+        loaded = [(dmash.Config(env="di_inv", **of), type("Agent", (), {"step": 7})) for of in settings]
+        return unseen.labels_of(loaded, range(len(loaded)))
+
+    star, wide = dict(method="dma_star", seed=1), dict(method="dma_star", seed=2, K=12, mask=0.4)
+    assert labels(star, dict(method="dma_star_sh")) == ["dma_star", "dma_star_sh"]
+    assert labels(star, wide) == ["dma_star, K 24, mask 0.2", "dma_star, K 12, mask 0.4"]
+    with pytest.raises(dmash.BadInput, match="1: the same run as 0"):
+        labels(star, star | {"out": "elsewhere"})
+
+
+def test_runs_of_other_settings_are_told_apart(tmp_path, capsys):
+    for env in (PM, "di_signs_without_mm"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(aib_envs.ENVS, env, aib_envs.ENVS["di_signs"])
+            make_run(tmp_path / "runs", env, "dr", 1, 50)
+            make_run(tmp_path / "runs", env, "concat", 1, 60, polyak=0.005)
+    assert unseen.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "| `concat, polyak 0.005` | 2 | 2 | 60.0 |" in said and "| `dr, polyak 0.05` | 2 | 2 | 50.0 |" in said
 
 
 def test_figures_show_every_run_and_shade_the_ranges(tmp_path):

@@ -19,6 +19,7 @@ actuator gets is clipped to [-1, 1]. It prints means by range; beyond_<env>.csv 
 
 import argparse
 import sys
+from dataclasses import asdict
 from itertools import cycle, product
 from pathlib import Path
 from unittest import mock
@@ -57,7 +58,10 @@ def report(places, out):
     if not runs:
         raise aer.BadInput(f"{compare.listed(places)}: no finished run of {compare.listed(LEFT_OUT)}")
     print(f"{len(runs)} runs; {len(found) - len(runs)} more are unfinished or of other environments\n")
-    mean, lines, rows = lambda strata: np.concatenate(strata, -1).mean(-1), [], aer.rows_of(runs)
+    mean, lines = lambda strata: np.concatenate(strata, -1).mean(-1), []
+    alike = [run._replace(config=run.config | {"env": "di_signs"}) for run in runs]
+    labels = [aer.full_label(run, alike) for run in alike]
+    rows = {label: [run for run, of in zip(runs, labels) if of == label] for label in dict.fromkeys(labels)}
     for label, of in rows.items():
         pairs = aer.group(of, lambda run: run.env).values()
         cells = (compare.cell(".1f", mean, [aer.last(pair, name) for pair in pairs]) for name in aer.SETS)
@@ -114,16 +118,28 @@ def means(rows, key):
     return {name: np.mean([row["return"] for row in of]) for name, of in aer.group(rows, key).items()}
 
 
+def labels_of(loaded, paths):
+    """A label for each of the policies, in which their settings and steps show where they differ; BadInput: the same
+    one twice."""
+    runs = [aer.Run(path, asdict(cfg) | {"steps": a.step}, [], []) for (cfg, a), path in zip(loaded, paths)]
+    labels, there = [aer.full_label(run, runs) for run in runs], {}
+    for run, label in zip(runs, labels):
+        if there.setdefault((run.env, label, run.seed), run) is not run:
+            raise dmash.BadInput(f"{run.folder}: the same run as {there[run.env, label, run.seed].folder}")
+    return labels
+
+
 def beyond(paths, out):
     """Evaluates the policies, prints a table for each panel, and writes all returns and the figures into `out`."""
     loaded, of_env = [dmash.load_policy(path) for path in paths], {}
+    labels = labels_of(loaded, paths)
     out.mkdir(parents=True, exist_ok=True)
-    for cfg, agent in loaded:
+    for label, (cfg, agent) in zip(labels, loaded):
         print(f"{cfg.env}, {cfg.method}, seed {cfg.seed}, step {agent.step:,} of {cfg.steps:,}", flush=True)
         panels, contexts = zip(*sweeps(aib_envs.lookup(cfg.env).context))
         returns, diverged = (x.tolist() for x in dmash.evaluate(agent, cfg, contexts, ROLLOUTS))
         for panel, context, of, lost in zip(panels, contexts, returns, diverged):
-            row = {"method": cfg.method, "seed": cfg.seed, "step": agent.step} | panel | context
+            row = {"method": label, "seed": cfg.seed, "step": agent.step} | panel | context
             of_env.setdefault(cfg.env, []).append(row | {"return": float(np.mean(of)), "diverged": sum(lost)})
     for env, rows in of_env.items():
         dims = {dim.name: dim for dim in aib_envs.lookup(env).context}
@@ -131,8 +147,9 @@ def beyond(paths, out):
             dim, lines = dims[panel[0]["varied"]], []
             for method, of in aer.group(panel, lambda row: row["method"]).items():
                 columns = means(of, lambda row: where(dim, row[dim.name]))
-                lines.append([f"`{method}`", *(f"{columns[name]:.1f}" for name in reversed(columns))])
-            print(f"\n{env}: {title}\n\n{compare.table(['method', *reversed(columns)], lines)}", end="")
+                seeds = str(len({row["seed"] for row in of}))
+                lines.append([f"`{method}`", seeds, *(f"{columns[name]:.1f}" for name in reversed(columns))])
+            print(f"\n{env}: {title}\n\n{compare.table(['method', 'seeds', *reversed(columns)], lines)}", end="")
         write(out, f"beyond_{env.replace(':', '.').replace('/', '.')}", rows, draw_beyond, env, dims, rows)
 
 
