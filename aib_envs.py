@@ -237,10 +237,10 @@ class Task:
     def build(self):
         """Makes everything that depends on the contexts, from nominal values."""
         self.c = {name: np.array([context[name] for context in self.contexts]) for name in self.contexts[0]}
-        self.signs = np.ones((self.N, self.d_a)) * self.c.get("action_factor", np.ones(self.N))[:, None]
-        for i, name in enumerate(("sign_x", "sign_y")):
+        self.signs = np.ones((self.N, self.d_a))
+        for name, actuators in {"action_factor": range(self.d_a), "sign_x": [0], "sign_y": [1]}.items():
             if name in self.c:
-                self.signs[:, i] *= self.c[name]
+                self.signs[:, actuators] *= self.c[name][:, None]
         order = np.arange(self.d_a)  # a swap exchanges the first two
         self.order = np.where(self.c["swap"][:, None] == 1, [1, 0, *order[2:]], order) if "swap" in self.c else None
 
@@ -924,8 +924,8 @@ class GymnasiumTask(Task):
     state_size = 0
 
     def __init__(self, contexts):
-        endless = lambda: gymnasium.make(self.gymnasium_id, max_episode_steps=-1)  # the horizon is counted by the views
-        make = lambda: gymnasium.wrappers.RescaleAction(endless(), -1, 1)
+        # -1: no time limit in it; the views count the horizon
+        make = lambda: gymnasium.wrappers.RescaleAction(gymnasium.make(self.gymnasium_id, max_episode_steps=-1), -1, 1)
         self.envs = gymnasium.vector.SyncVectorEnv([make] * len(contexts))
         super().__init__(contexts)
 
@@ -1064,12 +1064,13 @@ def full_context(env_id, context):
     return {dim.name: dim.check(context.get(dim.name, dim.default)) for dim in dims}
 
 
-def contexts_of(env_id, contexts, n=20):
-    """A list of contexts, or the set of `n` of that name, checked and in full."""
+def contexts_of(env_id, contexts, n=20, base={}):
+    """A list of contexts, or the set of `n` of that name, checked and in full, with the values of `base` before the
+    defaults."""
     found = context_sets(env_id, n).get(contexts) if isinstance(contexts, str) else contexts
     if not isinstance(found, (list, tuple)) or not found:
         raise ValueError(f"contexts {shown(contexts)}: must be a list of at least one, or train, eval_in or eval_out")
-    return [full_context(env_id, context) for context in found]
+    return [full_context(env_id, base | named("context", context)) for context in found]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1180,9 +1181,7 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
     def __init__(self, env, contexts="train"):
         RecordConstructorArgs.__init__(self, contexts=contexts)
         gymnasium.Wrapper.__init__(self, env)
-        self.contexts = contexts_of(contextual(env).env_id, contexts)
-        if not isinstance(contexts, str):
-            self.contexts = contexts_of(env.unwrapped.env_id, [env.unwrapped.context | each for each in contexts])
+        self.contexts = contexts_of(contextual(env).env_id, contexts, base=env.unwrapped.context)
 
     def reset(self, *, seed=None, options=None):
         """Values in options["context"] take the place of drawn ones."""
@@ -1201,12 +1200,12 @@ class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
         RecordConstructorArgs.__init__(self, key=key)
         gymnasium.ObservationWrapper.__init__(self, env)
         space, self.key = box(len(contextual(env).context)), key
-        if key is None and len(env.observation_space.shape or ()) != 1:
-            raise ValueError(f"observation space {shown(env.observation_space)}: needs a key, as it has not one axis")
-        if key is None:
+        if key is not None:
+            self.observation_space = gymnasium.spaces.Dict({"observation": env.observation_space, key: space})
+        elif len(env.observation_space.shape or ()) == 1:
             self.observation_space = box(env.observation_space.shape[0] + space.shape[0])
         else:
-            self.observation_space = gymnasium.spaces.Dict({"observation": env.observation_space, key: space})
+            raise ValueError(f"observation space {shown(env.observation_space)}: needs a key, as it has not one axis")
 
     def observation(self, observation):
         context = np.float32(list(self.unwrapped.context.values()))

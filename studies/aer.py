@@ -165,11 +165,10 @@ def rows_of(block):
 
 
 def full_label(run, runs):
-    """Its method and the settings in which the runs of its environment differ, the mask only from its own method's."""
-    of_env = [other for other in runs if other.env == run.env]
-    of_method = [other for other in of_env if other.method == run.method]
+    """Its method and the settings in which these runs differ, the mask only from its own method's."""
+    of_method = [other for other in runs if other.method == run.method]
     mask = f", mask {run.settings.get('mask', '–')}" * ("mask" in differing(of_method))
-    return run.method + varied(run, of_env, ("mask",)) + mask
+    return run.method + varied(run, runs, ("mask",)) + mask
 
 
 def own(block):

@@ -167,7 +167,7 @@ def method_of(words):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    words = " ".join(argv).replace("=", " ").split()
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if {"-h", "--help"} & {*words}:
         print(__doc__)
         return 0

@@ -294,6 +294,9 @@ def test_a_departure_that_was_stopped_goes_on_by_the_line_it_prints(tmp_path, mo
     assert departures.main(last.split("departures.py ")[1].split()) == 0 and "step 4 " in capsys.readouterr().out
     assert departures.main(["--eval", str(folder), "--rollouts", "1"]) == 0
     assert capsys.readouterr().out.startswith("di_inv, terminal, seed 1, step 4,")
+    blank = shutil.copytree(folder, tmp_path / "a copy")
+    assert departures.main([f"--eval={blank}", "--rollouts", "1"]) == departures.main(["--resume", str(blank)]) == 0
+    capsys.readouterr()
     assert departures.main(["--help"]) == 0 and capsys.readouterr().out.startswith(departures.__doc__)
 
 

@@ -59,9 +59,7 @@ def report(places, out):
         raise aer.BadInput(f"{compare.listed(places)}: no finished run of {compare.listed(LEFT_OUT)}")
     print(f"{len(runs)} runs; {len(found) - len(runs)} more are unfinished or of other environments\n")
     mean, lines = lambda strata: np.concatenate(strata, -1).mean(-1), []
-    alike = [run._replace(config=run.config | {"env": "di_signs"}) for run in runs]
-    labels = [aer.full_label(run, alike) for run in alike]
-    rows = {label: [run for run, of in zip(runs, labels) if of == label] for label in dict.fromkeys(labels)}
+    rows = aer.group(runs, lambda run: aer.full_label(run, runs))
     for label, of in rows.items():
         pairs = aer.group(of, lambda run: run.env).values()
         cells = (compare.cell(".1f", mean, [aer.last(pair, name) for pair in pairs]) for name in aer.SETS)
@@ -122,7 +120,8 @@ def labels_of(loaded, paths):
     """A label for each of the policies, in which their settings and steps show where they differ; BadInput: the same
     one twice."""
     runs = [aer.Run(path, asdict(cfg) | {"steps": a.step}, [], []) for (cfg, a), path in zip(loaded, paths)]
-    labels, there = [aer.full_label(run, runs) for run in runs], {}
+    of_env, there = aer.group(runs, lambda run: run.env), {}
+    labels = [aer.full_label(run, of_env[run.env]) for run in runs]
     for run, label in zip(runs, labels):
         if there.setdefault((run.env, label, run.seed), run) is not run:
             raise dmash.BadInput(f"{run.folder}: the same run as {there[run.env, label, run.seed].folder}")
