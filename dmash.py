@@ -1,43 +1,44 @@
 """DMA*-SH: dynamics-aligned shared hypernetworks for contextual reinforcement learning.
 
-A hidden context changes the dynamics: the length of an arm, or a motor that is wired backwards.
-An encoder reads the last K transitions and turns them into a code z. A hypernetwork turns z into
-ω, the weights of one small adapter. The dynamics model, the policy and both critics all carry
-this adapter. Encoder and hypernetwork learn from the prediction error of the dynamics model alone;
-for the RL losses ω is a constant. At evaluation nothing is trained (zero-shot).
+Dynamics depend on a hidden context: a motor may be wired backwards, a pole may be longer. An
+encoder reads the last K transitions and turns them into a code z. A hypernetwork turns z into ω,
+the weights of one small adapter. The dynamics model, the policy and both critics all carry this
+adapter. One loss trains encoder and hypernetwork: the dynamics model's prediction error. For the
+losses of policy and critics, ω is a constant. At evaluation nothing is trained (zero-shot).
+
+Axes, in every shape below: B samples, N contexts, K transitions in a window, L of them read.
 
     window of K past transitions (s, a, δs)
         │  τ (B, L, 2 d_s + d_a)      L = ⌊0.2 K⌋ of them
-        ▼
-    encoder g_φ ── z (B, 8) ─▶ hypernetwork h_η ── ω ─┬─▶ dynamics model f_{θ,ω}  trains φ, η, θ
-                                                      ├─▶ policy π_{ξ,ω}          trains ξ only
-                                                      └─▶ critics Q_{ζ,ω}         train ζ only
+        ▼                                                                         is trained by
+    encoder g_φ ── z (B, 8) ─▶ hypernetwork h_η ── ω ─┬─▶ dynamics model f_{θ,ω}  Eq. 1: φ, η, θ
+                                                      ├─▶ policy π_{ξ,ω}          policy loss: ξ
+                                                      └─▶ critics Q_{ζ,ω}         Bellman error: ζ
 
-Algorithm 2. Line 1 is `Rollout.step`. Sampling is `Replay.sample`. All else is `Agent.update`, line
-by line. α₁, α₂, α₃ are learning rates, α is the temperature, ρ the rate of the moving average.
+Algorithm 2. α₁, α₂, α₃ are learning rates, α is the temperature, ρ the rate of the target critics
+(the paper's τ, which is also the window).
 
     1  in every training context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
     2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
     3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η}, the error of predicting δs                   (Eq. 1)
     4  ω ← stop-gradient(ω)                                                                (Eq. 2)
-    5  ζ ← ζ − α₂ ∇L_ζ, target r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
-    6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, then the temperature α
+    5  ζ ← ζ − α₂ ∇L_ζ, the error to r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
+    6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, SAC's policy loss; then the temperature α
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
 
-A gradient step is one step of all training contexts (line 1) and one update (lines 2 to 7). A run
-begins with 5,000 steps of random actions. Each episode begins with a warm-up of K steps.
+`Rollout.step` is line 1. `Replay.sample` samples. `Agent.update` is lines 2 to 7, line by line.
+`Run.gradient_step` calls these three: one step of all contexts, one batch, one update.
 
-    python dmash.py --env cartpole_inv                           train, evaluate, save and plot
-    python dmash.py --env cartpole_inv --method concat           another method of the comparison
-    python dmash.py --resume runs/cartpole_inv__dma_star_sh__s1  go on with a stopped or killed run
-    python dmash.py --eval runs/cartpole_inv__dma_star_sh__s1    returns on the three context sets
+A run begins with 5,000 random steps in each context. Every episode begins with a warm-up: the
+present policy acts for K steps, so that the window tells of this context. Then the environment is
+reset, the window stays, and the episode that counts begins. All methods do this, so that all see
+the same amount of data.
 
-The method ends at the line "The method ends here". What follows starts, saves and draws runs.
+The method ends at the line "The method ends here". What follows starts, saves and draws runs:
+`python dmash.py --env cartpole_inv`, and `--help` tells the rest.
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual
 RL under Discontinuous Shifts", arXiv 2602.06550. Equations and algorithms have its numbers.
-
-Axes, in every shape below: B samples, N contexts, K transitions in a window, L of them read.
 """
 
 import argparse
@@ -45,16 +46,17 @@ import contextlib
 import copy
 import csv
 import ctypes
+import hashlib
 import io
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +81,10 @@ def option(default, help, low=None, high=1e12):
 
 @dataclass
 class Config:
-    """All settings. The defaults are the paper's. BadInput names a value that is not allowed."""
+    """All settings. The defaults are the paper's.
+
+    `complete` fills in what environment and method decide, and names a value that is not allowed.
+    """
 
     env: str = option("cartpole_inv", "python aib_envs.py shows all; or module:id, or gymnasium:id")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
@@ -90,7 +95,7 @@ class Config:
     device: str = option("cpu", "torch device: cpu, cuda or cuda:<number>")
     threads: int = option(None, "torch CPU threads (default: torch's choice)", 1, 1024)
     eval_every: int = option(5000, "gradient steps between evaluations", 1)
-    eval_rollouts: int = option(1, "episodes per context at evaluations on the way", 1, 1000)
+    eval_rollouts: int = option(1, "episodes per context at each evaluation but the last", 1, 1000)
     rollouts: int = option(10, "episodes per context at the last evaluation and --eval", 1, 1000)
     snapshots: bool = option(False, "keep the policy of every evaluation, as policies/<step>.pt")
     contexts: int = option(20, "contexts in each of the sets train, eval_in and eval_out", 1, 1000)
@@ -101,10 +106,10 @@ class Config:
     d_z: int = option(8, "size of the code z", 1)
     hyper_hidden: int = option(64, "width of the hidden layers of the hypernetwork h_η", 1)
     bottleneck: int = option(32, "width of the adapter g_adapter(x; ω)", 1)
-    hidden: int = option(256, "width of f, π and Q", 1)
+    hidden: int = option(256, "width d_x of f, π and Q", 1)
     gamma: float = option(0.99, "γ, discount factor", 0, 1)
     polyak: float = option(0.005, "ρ, rate of the target critics' moving average", 1e-6, 1)
-    batch: int = option(256, "transitions in a batch, the same number of each context", 1)
+    batch: int = option(256, "transitions in a batch, at most; the same number per context", 1)
     dynamics_lr: float = option(3e-4, "α₃, learning rate of φ, η and θ", 1e-9, 1)
     critic_lr: float = option(1e-3, "α₂, learning rate of the critics", 1e-9, 1)
     actor_lr: float = option(3e-4, "α₁, learning rate of the policy", 1e-9, 1)
@@ -119,24 +124,24 @@ class Config:
 
     @property
     def L(self):
-        return max(1, int(self.subsample * self.K + 1e-9))  # 0.29 * 100 is 28.999…
+        return max(1, int(self.subsample * self.K + 1e-9))  # in floats 0.29 * 100 is below 29
 
 
 # --quick: settings that let SAC learn sooner, the same for all environments and methods.
-QUICK = dict(polyak=0.05, actor_lr=1e-3, dynamics_lr=1e-3, alpha=0.1, alpha_lr=2e-3)
-QUICK.update(policy_average=0.005, eval_every=1000)
+QUICK = {"polyak": 0.05, "alpha": 0.1, "alpha_lr": 2e-3, "actor_lr": 1e-3, "dynamics_lr": 1e-3}
+QUICK |= {"policy_average": 0.005, "eval_every": 1000}
 
 # ---- Context encoder g_φ: window τ -> code z ----------------------------------------------------
 
 
 def subsample(B, K, L, noisy, device=None):
-    """The positions of the L transitions that the encoder reads out of K, (B, L).
+    """Positions in the window of the L transitions that are read, (B, L).
 
-    noisy: a random subset in random order, for each sample, as a context does not depend on time.
-    Otherwise: evenly spaced, oldest first, rounded down.
+    `noisy`, here and below, means: as in training. Then each sample has a random subset in random
+    order, since a context does not depend on time. At evaluation: evenly spaced, oldest first.
     """
     if noisy:
-        return torch.rand(B, K, device=device).topk(L).indices
+        return torch.rand(B, K, device=device).topk(L).indices  # places of the L largest
     even = torch.arange(L, device=device) * (K - 1) // max(L - 1, 1)
     return even.expand(B, L)
 
@@ -144,7 +149,7 @@ def subsample(B, K, L, noisy, device=None):
 def mask_inputs(tau, d_s, d_a, p):
     """Random input masking: at each time step, each of s, a and δs becomes zero with probability p.
 
-    Easy to overlook: unlike in dropout, what is left is not scaled up. tau (B, L, 2 d_s + d_a).
+    Unlike in dropout, what is left is not scaled up. tau (B, L, 2 d_s + d_a).
     """
     B, L, _ = tau.shape
     keep_s, keep_a, keep_ds = (torch.rand(B, L, 3, device=tau.device) >= p).float().split(1, -1)
@@ -159,7 +164,8 @@ def avg_l1_norm(x):
 
 def sim_norm(x, group):
     """Softmax within each group of `group` neighbouring numbers of the last axis."""
-    return x.unflatten(-1, (-1, group)).softmax(-1).flatten(-2)
+    groups = x.unflatten(-1, (-1, group))  # (B, 2, 4)
+    return groups.softmax(-1).flatten(-2)
 
 
 class ContextEncoder(nn.Module):
@@ -197,15 +203,17 @@ class ContextEncoder(nn.Module):
 
 
 class Omega(NamedTuple):
-    """ω, the weights of B adapters: one for each sample.
+    """ω, the weights of M adapters.
 
-    The code multiplies row vectors from the left. Its matrices are the transposes of Eq. 3's.
+    Each sample has its own window, so its own z and ω: M = B. Where ω comes from the N true
+    contexts, M = N, and the B / N samples of a context share one row.
+    The code computes x W for row vectors x. Its matrices are the transposes of Eq. 3's.
     """
 
-    W_down: torch.Tensor  # (B, 256, 32)
-    b_down: torch.Tensor  # (B, 1, 32)
-    W_up: torch.Tensor  # (B, 32, 256)
-    b_up: torch.Tensor  # (B, 1, 256)
+    W_down: torch.Tensor  # (M, 256, 32)
+    b_down: torch.Tensor  # (M, 1, 32)
+    W_up: torch.Tensor  # (M, 32, 256)
+    b_up: torch.Tensor  # (M, 1, 256)
 
     def detach(self):
         return Omega(*(w.detach() for w in self))
@@ -222,8 +230,8 @@ class Hypernetwork(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(hidden, math.prod(shape)) for shape in self.shapes)
 
     def forward(self, z):
-        """z (B, 8) -> ω."""
-        y = self.trunk(z)  # (B, 64)
+        """z (M, 8) -> ω."""
+        y = self.trunk(z)  # (M, 64)
         tensors = [head(y).unflatten(-1, shape) for head, shape in zip(self.heads, self.shapes)]
         return Omega(*tensors)
 
@@ -231,7 +239,7 @@ class Hypernetwork(nn.Module):
 def adapter(x, omega):
     """Eq. 3: g_adapter(x; ω) = W_up ReLU(W_down x + b_down) + b_up.
 
-    x (B, n, 256) -> (B, n, 256): each of the B adapters serves n samples of one context.
+    x (M, B / M, 256) -> (M, B / M, 256): row i of x goes through adapter i.
     """
     down = F.relu(torch.baddbmm(omega.b_down, x, omega.W_down))  # baddbmm(b, x, W) is b + x W
     return torch.baddbmm(omega.b_up, down, omega.W_up)
@@ -243,9 +251,10 @@ def adapter(x, omega):
 class Network(nn.Module):
     """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head.
 
-    In DMA*-SH `omega` is ω. The other methods (METHODS) pass z or the true context c in its place:
-    to be concatenated to the input (`use`), or to be turned into ω by a hypernetwork of this
-    network's own (`make_own`).
+    In DMA*-SH `omega` is ω. Other methods (METHODS) pass z (B, 8) or the true contexts c (N, d_c)
+    in its place. `use` says what becomes of it: "concat" joins it to the input, "adapter" makes the
+    adapter of it, "none" ignores it. Where ω is not shared, `make_own` makes a hypernetwork that
+    belongs to this network and turns z or c into ω. d_x is the width.
     """
 
     def __init__(self, d_in, d_out, d_x=256, use="adapter", d_context=0, make_own=None):
@@ -261,14 +270,14 @@ class Network(nn.Module):
     def forward(self, inputs, omega):
         """inputs (B, d_in) -> (B, d_out)."""
         if self.use == "concat":
-            # c has one row for each context, which all its samples share.
-            context = omega.repeat_interleave(len(inputs) // len(omega), 0)
+            # z has a row for each sample, c one for all samples of a context.
+            context = omega.repeat_interleave(len(inputs) // len(omega), 0)  # (B, 8) or (B, d_c)
             inputs = torch.cat([inputs, context], -1)
         x = self.trunk(inputs)  # (B, 256), no activation yet
         if self.use == "adapter":
             if self.own is not None:
                 omega = self.own(omega)
-            x = x.unflatten(0, (len(omega.b_up), -1))  # (B, 1, 256)
+            x = x.unflatten(0, (len(omega.b_up), -1))  # (M, B / M, 256)
             x = x + adapter(x, omega)  # Eq. 3
             x = x.flatten(0, 1)  # (B, 256)
         return self.head(F.relu(x))
@@ -287,7 +296,7 @@ class DynamicsModel(Network):
 class Actor(Network):
     """π_{ξ,ω}: a Gaussian squashed by tanh; actions are in [−1, 1]."""
 
-    LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+    LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # as in CleanRL's SAC
 
     def __init__(self, d_s, d_a, **options):
         super().__init__(d_s, 2 * d_a, **options)
@@ -295,8 +304,8 @@ class Actor(Network):
     def forward(self, s, omega):
         """Mean and log standard deviation of the Gaussian, (B, d_a) each."""
         mu, log_std = super().forward(s, omega).chunk(2, -1)
-        share = (log_std.tanh() + 1) / 2  # in [0, 1]
-        return mu, self.LOG_STD_MIN + (self.LOG_STD_MAX - self.LOG_STD_MIN) * share
+        unit = (log_std.tanh() + 1) / 2  # in [0, 1]
+        return mu, self.LOG_STD_MIN + (self.LOG_STD_MAX - self.LOG_STD_MIN) * unit
 
     def sample(self, s, omega):
         """An action (B, d_a) by the reparameterisation trick, and its log-probability (B,)."""
@@ -305,8 +314,8 @@ class Actor(Network):
         u = mu + log_std.exp() * noise
         log_prob_u = -(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2
         # log(1 − tanh²u) in a form that is exact also where tanh saturates.
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))
-        return u.tanh(), (log_prob_u - log_slope).sum(-1)
+        log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return u.tanh(), (log_prob_u - log_derivative).sum(-1)
 
     def mean(self, s, omega):
         """The action without noise, (B, d_a)."""
@@ -331,14 +340,14 @@ class Critics(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Transitions with the window before each. Samples of one context stand side by side."""
+    """B transitions, and the window before each. They are ordered by context."""
 
     s: torch.Tensor  # (B, d_s)
     a: torch.Tensor  # (B, d_a)
     ds: torch.Tensor  # (B, d_s), δs = s' − s
     r: torch.Tensor  # (B,)
     tau: torch.Tensor  # (B, L, 2 d_s + d_a); None where there is no encoder
-    c: torch.Tensor  # (N, d_c), the true contexts, for the methods that are told
+    c: torch.Tensor  # (N, d_c), the true contexts, which Concat and DA read
 
     @property
     def s2(self):
@@ -358,7 +367,7 @@ def critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma):
     with torch.no_grad():
         a2, log_prob = pi.sample(batch.s2, omega)
         v2 = Q_target(batch.s2, a2, omega).amin(-1) - alpha * log_prob  # (B,)
-        target = batch.r + gamma * v2  # bootstraps always: a time limit is not a terminal state
+        target = batch.r + gamma * v2  # also at the time limit, which is not a terminal state
     q = Q(batch.s, batch.a, omega)  # (B, 2)
     return (q - target.unsqueeze(-1)).square().mean(0).sum()
 
@@ -371,7 +380,7 @@ def actor_loss(pi, Q, alpha, omega, batch):
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Raises α while the policy's entropy is below its target."""
+    """Raises α while the policy's entropy is below its target, else lowers it."""
     return -(log_alpha.exp() * (log_prob + target_entropy)).mean()
 
 
@@ -380,8 +389,9 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 
 @torch.no_grad()
 def move_towards(average, network, rate):
-    """Moves each weight of `average` by `rate` of the way towards that of `network`."""
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), rate)
+    """Moves each weight p̄ of `average` towards the weight p of `network`: p̄ ← p̄ + rate (p − p̄)."""
+    for p_average, p in zip(average.parameters(), network.parameters()):
+        p_average.lerp_(p, rate)
 
 
 class Agent(nn.Module):
@@ -419,8 +429,8 @@ class Agent(nn.Module):
         self.to(cfg.device)
 
         def adam(lr, *networks):
-            there = [network for network in networks if network is not None]
-            return torch.optim.Adam(nn.ModuleList(there).parameters(), lr, fused=True)
+            present = nn.ModuleList(network for network in networks if network is not None)
+            return torch.optim.Adam(present.parameters(), lr, fused=True)  # fused is faster
 
         self.optimizers = {
             "critic": adam(cfg.critic_lr, self.Q),
@@ -437,8 +447,8 @@ class Agent(nn.Module):
     def infer(self, tau, noisy, c=None):
         """z (B, 8) and ω, from windows tau (B, L, 2 d_s + d_a).
 
-        Without a shared hypernetwork z stands in the place of ω. Where nothing is inferred, z is
-        None and the true context c (N, d_c) stands there.
+        A method without a shared hypernetwork gets z in the place of ω. A method without an encoder
+        gets no z, and the true contexts c (N, d_c) in the place of ω.
         """
         if self.g is None:
             return None, c
@@ -464,7 +474,8 @@ class Agent(nn.Module):
         if self.f is not None:
             loss = dynamics_loss(self.f, omega, batch)
             losses["dynamics_loss"] = loss.detach()
-            if self.method.kl:  # DMA-Pearl alone: its code is also drawn towards N(0, I)
+            if self.method.kl:
+                # DMA-Pearl alone. The published code weighs its KL term relative to the loss.
                 loss = loss * (1 + self.method.kl * self.g.kl)
             optimizers["dynamics"].zero_grad()
             loss.backward()
@@ -482,7 +493,7 @@ class Agent(nn.Module):
 
         # 6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, then the temperature
         if step % 2 == 0:
-            self.Q.requires_grad_(False)  # no gradient for ζ: it would be computed and thrown away
+            self.Q.requires_grad_(False)  # saves the time of a gradient for ζ, which is not used
             for _ in range(2):
                 loss, log_prob = actor_loss(self.pi, self.Q, self.alpha, omega, batch)
                 losses["actor_loss"] = loss.detach()
@@ -510,14 +521,14 @@ class Agent(nn.Module):
 
 
 class Method(NamedTuple):
-    """One row of METHODS."""
+    """One row of METHODS: what the networks are told of the context, and how."""
 
     paper: str  # name in the paper
-    context: str  # z: inferred; c: the true one; none
-    rl: str  # how it enters π and Q: adapter, concat, none
-    f: str  # how it enters f: adapter, concat; none: there is no f
-    hypernetwork: str  # shared: one, trained by Eq. 1; own: one in each network; none
-    mask: float  # probability of masking each input vector of the encoder
+    context: str  # z: inferred by the encoder; c: the true one; none
+    rl: str  # what π and Q do with it: adapter, concat, none
+    f: str  # what f does with it: adapter, concat; none: there is no f
+    hypernetwork: str  # shared: one, trained by Eq. 1; own: one in each network, trained with it
+    mask: float  # probability p of `mask_inputs`
     input_norm: bool  # AvgL1Norm in the encoder
     output_norm: bool  # SimNorm in the encoder
     kl: float = 0.0  # weight of the KL term; above 0 the code is Gaussian
@@ -525,6 +536,7 @@ class Method(NamedTuple):
 
 # fmt: off
 METHODS = {
+    #                         paper   context  π and Q    f    hypernetwork mask   in     out  kl
     "dma_star_sh":    Method("DMA*-SH",   "z", "adapter", "adapter", "shared", 0.4, True,  True),
     "dma_star_h":     Method("DMA*-H",    "z", "adapter", "adapter", "own",    0.4, True,  True),
     "dma_star":       Method("DMA*",      "z", "concat",  "concat",  "none",   0.2, True,  True),
@@ -543,10 +555,9 @@ METHODS = {
 
 
 class GaussianEncoder(ContextEncoder):
-    """The encoder of DMA-Pearl: the code is a Gaussian variable.
+    """The encoder of DMA-Pearl: z is a sample of N(mean, variance).
 
-    forward leaves the KL term, KL(N(mean, variance) ‖ N(0, I)), mean over samples and dimensions,
-    in `kl`.
+    `forward` also sets `kl` to KL(N(mean, variance) ‖ N(0, I)), mean over samples and dimensions.
     """
 
     def __init__(self, d_s, d_a, d_z, *options):
@@ -571,8 +582,8 @@ class Replay:
     """Transitions of N contexts that step together. Row t of the ring holds [s, a, δs, r] of all.
 
     The window of transition t is rows t−K … t−1 of its context: past transitions only. A window may
-    reach back over a reset, since the context survives one. Rows not yet written are zeros, as if
-    masked. There is no terminal flag, since there are no terminal states.
+    reach back over a reset, which does not change the context. Rows not yet written are zeros, as
+    if masked. There is no terminal flag, since there are no terminal states.
     """
 
     def __init__(self, c, capacity, d_s, d_a, K, L):
@@ -588,21 +599,20 @@ class Replay:
         self.t += 1
 
     def windows(self, n, t, noisy):
-        """What is read of the windows before transitions t (B,) of contexts n (B,):
-        (B, L, 2 d_s + d_a)."""
+        """τ (B, L, 2 d_s + d_a), read before the transitions t (B,) of contexts n (B,)."""
         if self.L == 0:
             return None
         i = subsample(len(t), self.K, self.L, noisy, self.rows.device)  # (B, L)
         past = (t.unsqueeze(-1) - self.K + i) % self.capacity
-        return self.rows[past, n.unsqueeze(-1), :-1]
+        return self.rows[past, n.unsqueeze(-1), :-1]  # without the reward
 
     def latest(self, noisy):
-        """What is read of the windows that end with the last transition: (N, L, 2 d_s + d_a)."""
+        """τ (N, L, 2 d_s + d_a) for the next action in each context."""
         n = torch.arange(self.N, device=self.rows.device)
         return self.windows(n, torch.full_like(n, self.t), noisy)
 
     def sample(self, size):
-        """A Batch: `size // N` transitions of each context, of those whose window is stored."""
+        """A Batch of `size // N` transitions of each context, among those with a whole window."""
         n = torch.arange(self.N, device=self.rows.device).repeat_interleave(size // self.N)
         oldest = max(0, self.t - self.capacity) + self.K
         t = torch.randint(oldest, self.t, n.shape, device=self.rows.device)
@@ -612,7 +622,7 @@ class Replay:
 
     def state_dict(self):
         filled = self.rows[: min(self.t, self.capacity)]
-        return {"rows": filled.clone(), "t": self.t}  # torch.save would store all rows of a view
+        return {"rows": filled.clone(), "t": self.t}  # of a view, torch.save would store all rows
 
     def load_state_dict(self, state):
         self.t = state["t"]
@@ -625,10 +635,10 @@ class Replay:
 class Rollout:
     """Acts in all contexts at once. The last K transitions of its replay are the window.
 
-    noisy: collects for training. The encoder masks and subsamples at random, actions are sampled,
-    and a number that is not finite is a FloatingPointError.
-    Otherwise: evaluates. An instance whose simulation diverges is marked in `diverged` until the
-    next reset, and goes on with zeros.
+    noisy: collects for training. The encoder masks and subsamples at random, actions are sampled. A
+    number that is not finite raises FloatingPointError.
+    Otherwise: evaluates. Where a simulation diverges, `diverged` says so until the next reset, and
+    zeros replace what is not finite.
     """
 
     def __init__(self, agent, envs, noisy, capacity=None):
@@ -641,13 +651,13 @@ class Rollout:
         self.done, self.diverged = True, np.zeros(envs.N, dtype=bool)
 
     def collect(self, random=False):
-        """One step of an endless sequence of episodes; an episode begins with its warm-up."""
+        """One step of training. If an episode has ended, the next one begins first."""
         if self.done:
             self.begin_episode(random=random)
         self.step(random)
 
     def begin_episode(self, warm_up=True, random=False):
-        """Warm-up: K steps fill the window. Then a reset, which the window survives."""
+        """The warm-up: K steps that fill the window. Then a reset, and the window stays."""
         self.reset()
         if warm_up:
             for _ in range(self.replay.K):
@@ -704,8 +714,8 @@ def evaluate(agent, cfg, contexts, rollouts=1, seed=None):
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
     Returns two arrays (contexts, rollouts): the returns, and which episodes diverged. Those keep
-    the reward collected until then. `seed` (default: the run's) sets the initial states. The first
-    of several rollouts starts where a single one does. No random number of torch is drawn.
+    the reward collected until then. `seed` (default: the run's) decides the initial states, and the
+    first rollout has the same ones however many follow. Torch's generator is not used.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
     envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
@@ -724,11 +734,11 @@ def evaluate(agent, cfg, contexts, rollouts=1, seed=None):
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 try:
     from tqdm import tqdm
 except ImportError:
-    tqdm = None
+    tqdm = None  # type: ignore[assignment]
 
 
 class BadInput(ValueError):
@@ -764,13 +774,21 @@ def complete(cfg):
         if not ok:
             raise BadInput(f"{flag(name)} {getattr(cfg, name)}: must be {rule}")
 
-    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     require(cfg.K <= spec.horizon, "K", f"at most the horizon of {cfg.env}, {spec.horizon}")
     require(cfg.buffer > cfg.K, "buffer", f"more than --K, here {cfg.K}")
     require(cfg.batch >= cfg.contexts, "batch", f"at least --contexts, here {cfg.contexts}")
     require(cfg.mask == 0 or method.context == "z", "mask", f"0: {cfg.method} has no encoder")
     require(cfg.d_z % ContextEncoder.GROUP == 0, "d_z", f"a multiple of {ContextEncoder.GROUP}")
-    require(cfg.device in devices, "device", f"one of {', '.join(devices)}")
+    require(usable(cfg.device), "device", "cpu, or a GPU that is there: cuda or cuda:<number>")
+    require("\0" not in cfg.out, "out", "the name of a folder")
+
+
+def usable(device):
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # the latter where torch has no GPU support
+        return False
+    return device != "meta"
 
 
 def quick(**settings):
@@ -846,7 +864,7 @@ class Run:
         """Trains in a new folder."""
         run = cls(cfg, run_folder(cfg))
         run.folder.mkdir(parents=True, exist_ok=True)
-        with lock(run.folder):
+        with lock(run.folder) as run.inode:
             for path in run.folder.iterdir():
                 if path.suffix != ".partial":  # left by a run killed before its first checkpoint
                     ways = f"choose another --seed or --out, or go on with --resume {run.folder}"
@@ -863,11 +881,14 @@ class Run:
         folder, path = Path(folder), Path(folder) / "checkpoint.pt"
         if not path.is_file():
             raise BadInput(f"--resume {folder}: no run folder (it has no {path.name})")
-        with lock(folder):
+        with lock(folder) as inode:
             with reading(path):
                 state = load(path)
                 run = cls(Config(**state["settings"]), folder)
+                run.inode = inode
                 run.load_state_dict(state)
+            if state["version"] != run.version:
+                print(f"begun by version {state['version']!r}, goes on with {run.version!r}")
             if expected is not None:
                 for name, value in asdict(expected).items():
                     there = getattr(run.cfg, name)
@@ -895,11 +916,11 @@ class Run:
         try:
             with handle_signals(self.on_signal), contextlib.suppress(Stopped):
                 if self.step == 0:
-                    for _ in progress("random steps", 0, cfg.random_steps):
+                    for _ in progress("random steps", 0, cfg.random_steps, self.recent_return):
                         self.rollout.collect(random=True)
                         self.stop_if_asked()
                 self.evaluate_if_due()
-                for _ in progress("gradient steps", self.step, cfg.steps):
+                for _ in progress("gradient steps", self.step, cfg.steps, self.recent_return):
                     self.gradient_step()
                     self.evaluate_if_due()
                     self.stop_if_asked()
@@ -911,7 +932,8 @@ class Run:
         if self.history:
             plot(self)
         if self.evaluated < cfg.steps:
-            print(f"stopped at step {self.step:,}; to go on: --resume {self.folder}")
+            command = shlex.join([sys.executable, sys.argv[0], f"--resume={self.folder}"])
+            print(f"stopped at step {self.step:,}; to go on: {command}")
             raise Stopped(self.signal)
         print(f"complete: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
@@ -929,6 +951,12 @@ class Run:
     def stop_if_asked(self):
         if self.signal is not None:
             raise Stopped(self.signal)
+
+    def recent_return(self):
+        """The sum of rewards in the last `horizon` steps of training, mean over contexts."""
+        replay, horizon = self.rollout.replay, self.rollout.envs.horizon
+        t = torch.arange(max(0, replay.t - horizon), replay.t) % replay.capacity
+        return f"training return {replay.rows[t, :, -1].sum(0).mean():.1f}"
 
     def evaluate_if_due(self):
         cfg = self.cfg
@@ -973,6 +1001,8 @@ class Run:
 
     def save(self):
         """Writes all files, the checkpoint first. Writes none if a weight is not finite."""
+        if os.stat(self.folder).st_ino != self.inode:
+            raise BadInput(f"{self.folder} was replaced by another folder while this run went on")
         state = self.state_dict()
         require_finite({f"weight {name}": value for name, value in state["agent"].items()})
         policy = {name: state[name] for name in ("settings", "version", "step")}
@@ -1015,6 +1045,8 @@ class Run:
 
     def load_state_dict(self, state):
         """Takes over a checkpoint; an exception if it is not one of such a run."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError("written by another version of dmash.py")
         self.step, self.history = state["step"], state["history"]
         self.sums, self.counts = state["sums"], state["counts"]
         seconds, self.step_seconds = state["seconds"]
@@ -1098,42 +1130,55 @@ def summary(row, steps):
     return "  ".join(parts)
 
 
-def progress(what, done, total):
-    """Yields once for each step to do. Shows tqdm's bar; without tqdm, a line every 30 seconds."""
+def progress(what, done, total, note):
+    """Yields once for each step to do. Shows tqdm's bar or, without tqdm, a line every 30 seconds.
+
+    `note()` is added to it.
+    """
     if tqdm is not None:
-        yield from tqdm(range(done, total), what, total, initial=done, disable=None)
+        bar = tqdm(range(done, total), what, total, initial=done, disable=None)
+        for i in bar:
+            yield
+            if i % 100 == 0:
+                bar.set_postfix_str(note(), refresh=False)
         return
     begin = told = time.perf_counter()
-    for i in range(done, total):
-        yield i
+    for i in range(done + 1, total + 1):
+        yield
         now = time.perf_counter()
         if now - told >= 30:
             told = now
-            rate = (i + 1 - done) / (now - begin)
+            rate = (i - done) / (now - begin)
             left = (total - i) / rate / 60
-            print(f"{i + 1:,} of {total:,} {what}, {rate:.1f} a second, {left:.0f} min left")
+            pace = f"{rate:.1f} a second, {left:.0f} min left"
+            print(f"{i:,} of {total:,} {what}, {pace}, {note()}", flush=True)
 
 
 # ---- Files --------------------------------------------------------------------------------------
 
 
 def code_version():
-    """The git commit of this file's folder, -dirty if files were changed since, or "unknown"."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--tags", "--always", "--dirty"]
+    """A hash of both source files and, where git tracks them, the commit that last changed them."""
+    files = [Path(__file__).resolve(), Path(aib_envs.__file__).resolve()]
+    code = b"".join(path.read_bytes() for path in files)
+    version = hashlib.sha256(code).hexdigest()[:12]
+    command = ["git", "log", "-1", "--format=%h", "--", *files]
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
+    options = dict(cwd=files[0].parent, env=environment, capture_output=True, text=True, timeout=10)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return result.stdout.strip()
-    return "unknown"
+        commit = subprocess.run(command, **options).stdout.strip()
+        version += f" {commit}" if commit else ""
+    return version
 
 
 @contextlib.contextmanager
 def lock(folder):
-    """Holds the folder in the block; BadInput if another process holds it.
+    """Holds the folder in the block, and gives its inode; BadInput if another process holds it.
 
     Nothing is held where folders have no locks (Windows, some network disks).
     """
     if fcntl is None:
-        yield
+        yield os.stat(folder).st_ino
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -1144,7 +1189,7 @@ def lock(folder):
     except OSError:  # a network disk without locks
         pass
     try:
-        yield
+        yield os.fstat(handle).st_ino
     finally:
         os.close(handle)
 
@@ -1168,9 +1213,6 @@ def replace_file(path, content):
 
 def load(path):
     """What torch.save wrote, on the CPU. No code in the file is run."""
-    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the check sums
-        if damaged := archive.testzip():
-            raise ValueError(f"{damaged} is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -1188,7 +1230,7 @@ def one_line(error):
     return lines[0][:200]
 
 
-def load_policy(path, device="cpu"):
+def load_policy(path: str | Path, device: str = "cpu") -> tuple[Config, Agent]:
     """The Config and the trained Agent of a run folder or a policy file.
 
     agent.step and agent.version say of when and by what code. BadInput names what cannot be read.
@@ -1205,11 +1247,58 @@ def load_policy(path, device="cpu"):
         cfg = Config(**state["settings"] | {"device": device})
         agent = new_agent(cfg)
         known = {name for name in agent.state_dict() if name.startswith(ACTING)}
-        for name in known ^ set(state["agent"]):
-            raise ValueError(f"weight {name} is {'missing' if name in known else 'unknown'}")
+        for name in sorted(known ^ set(state["agent"])):
+            raise ValueError(f"weight {name} is missing, or unknown to this version")
         agent.load_state_dict(state["agent"], strict=False)
         agent.step, agent.version = int(state["step"]), str(state["version"])
     return cfg, agent
+
+
+class Policy:
+    """A trained agent for a loop of one's own: numpy in, numpy out, one environment or N at once.
+
+    It keeps the window of the last K transitions that it saw. Training and evaluation fill the
+    window by a warm-up of K steps before an episode. Here the window begins empty, so the first
+    actions know nothing of the context. `z` (N, 8) is the last code.
+    """
+
+    def __init__(self, cfg: Config, agent: Agent) -> None:
+        if METHODS[cfg.method].context == "c":
+            raise BadInput(f"{cfg.method} must be told the context, which a Policy does not know")
+        self.cfg, self.agent = cfg, agent
+        self.reset()
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "Policy":
+        """From a run folder or a policy file."""
+        return cls(*load_policy(path, device))
+
+    def reset(self, forget: bool = True) -> None:
+        """A new episode begins. `forget`: in another context, so that the window is emptied."""
+        self.last: list[torch.Tensor] = []  # the last observation and action
+        if forget:
+            self.window: Replay | None = None
+            self.z: np.ndarray | None = None
+
+    @torch.no_grad()
+    def act(self, s: np.ndarray) -> np.ndarray:
+        """The action (d_a,) in [-1, 1] for an observation (d_s,), or (N, d_a) for (N, d_s)."""
+        cfg, agent = self.cfg, self.agent
+        rows = torch.from_numpy(np.atleast_2d(np.float32(s))).to(cfg.device)  # (N, d_s)
+        if self.window is None:
+            cls = aib_envs.lookup(cfg.env).cls
+            L = 0 if agent.g is None else cfg.L
+            no_context = torch.zeros(len(rows), 0, device=cfg.device)
+            self.window = Replay(no_context, cfg.K, cls.d_s, cls.d_a, cfg.K, L)
+        if self.last:
+            s_last, a_last = self.last
+            self.window.add(s_last, a_last, rows[:, 0], rows)  # nothing reads the reward
+        z, omega = agent.infer(self.window.latest(noisy=False), noisy=False)
+        a = agent.act(rows, omega, noisy=False)
+        self.last = [rows, a]
+        if z is not None:
+            self.z = z.cpu().numpy()
+        return a.cpu().numpy().reshape(*np.shape(s)[:-1], -1)
 
 
 def csv_text(rows):
@@ -1226,29 +1315,27 @@ def csv_text(rows):
 
 
 def plot(run):
-    """Draws curve.png: returns over steps, and the last returns against each context dimension."""
+    """Draws curve.png: returns over steps, and the last returns against the first context value."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("curve.png is not drawn: it needs matplotlib (pip install matplotlib)")
         return
-    dims = aib_envs.lookup(run.cfg.env).context[:4]
-    figure = Figure(figsize=(3.6 * (1 + len(dims)), 3.2), layout="constrained")
-    curves, *panels = figure.subplots(1, 1 + len(dims), sharey=True)
-    curves.set_title(run.folder.resolve().name, parse_math=False)
-    curves.set(xlabel="gradient steps", ylabel="average episodic return")
+    dim = aib_envs.lookup(run.cfg.env).context[0]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    curves, last = figure.subplots(1, 2, sharey=True)
     metrics = [evaluation["metrics"] for evaluation in run.history]
     steps = [row["step"] for row in metrics]
     for name, colour in zip(SETS, ("tab:blue", "tab:green", "tab:red")):
         curves.plot(steps, [row[name] for row in metrics], ".-", color=colour, label=name)
-        last = [row for row in run.history[-1]["contexts"] if row["set"] == name]
-        returns = [row["return"] for row in last]
-        for panel, dim in zip(panels, dims):
-            panel.plot([row[dim.name] for row in last], returns, "o", color=colour, alpha=0.7)
-    for panel, dim in zip(panels, dims):
-        panel.axvspan(*dim.train, color="0.92", zorder=0)
-        panel.set(xlabel=dim.name, title="last evaluation; grey: trained on")
+        rows = [row for row in run.history[-1]["contexts"] if row["set"] == name]
+        values, returns = [row[dim.name] for row in rows], [row["return"] for row in rows]
+        last.plot(values, returns, "o", color=colour, alpha=0.7)
+    curves.set_title(run.folder.resolve().name, parse_math=False)
+    curves.set(xlabel="gradient steps", ylabel="average episodic return")
     curves.legend()
+    last.axvspan(*dim.train, color="0.92", zorder=0)
+    last.set(xlabel=dim.name, title="last evaluation; grey: trained on")
     figure.savefig(run.folder / "curve.png", dpi=110)
 
 
@@ -1278,6 +1365,7 @@ def build_parser():
     modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
     modes.add_argument("--go-on", action="store_true", help="start the run, or go on with it")
     modes.add_argument("--list-methods", action="store_true", help="print the table of methods")
+    parser.add_argument("--version", action="version", version=code_version())
     parser.add_argument("--per-context", action="store_true", help="with --eval: every context")
     for f in fields(Config):
         kind = {"action": "store_true"}
