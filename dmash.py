@@ -70,6 +70,8 @@ import torch.nn.functional as F
 
 import aib_envs
 
+__version__ = "2.0"
+
 # ---- Settings -----------------------------------------------------------------------------------
 
 
@@ -1365,7 +1367,7 @@ def build_parser():
     modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
     modes.add_argument("--go-on", action="store_true", help="start the run, or go on with it")
     modes.add_argument("--list-methods", action="store_true", help="print the table of methods")
-    parser.add_argument("--version", action="version", version=code_version())
+    parser.add_argument("--version", action="version", version=f"{__version__} {code_version()}")
     parser.add_argument("--per-context", action="store_true", help="with --eval: every context")
     for f in fields(Config):
         kind = {"action": "store_true"}
