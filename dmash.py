@@ -6,7 +6,8 @@ the weights of one small adapter. The dynamics model, the policy and both critic
 adapter. One loss trains encoder and hypernetwork: the dynamics model's prediction error. For the
 losses of policy and critics, ω is a constant. At evaluation nothing is trained (zero-shot).
 
-Axes, in every shape below: B samples, N contexts, K transitions in a window, L of them read.
+Axes, in every shape below: B samples, N contexts, K transitions in a window, L of them read. When
+acting there is one sample in each context, so B = N.
 
     window of K past transitions (s, a, δs)
         │  τ (B, L, 2 d_s + d_a)      L = ⌊0.2 K⌋ of them
@@ -15,24 +16,26 @@ Axes, in every shape below: B samples, N contexts, K transitions in a window, L 
                                                       ├─▶ policy π_{ξ,ω}          policy loss: ξ
                                                       └─▶ critics Q_{ζ,ω}         Bellman error: ζ
 
-Algorithm 2. α₁, α₂, α₃ are learning rates, α is the temperature, ρ the rate of the target critics
-(the paper's τ, which is also the window).
+Algorithm 2. α₁, α₂, α₃ are learning rates (of Adam), α is the temperature. ρ, which SAC calls τ, is
+the rate of the target critics. τ is here the part of the window that is read.
 
     1  in every training context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
     2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
     3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η}, the error of predicting δs                   (Eq. 1)
     4  ω ← stop-gradient(ω)                                                                (Eq. 2)
     5  ζ ← ζ − α₂ ∇L_ζ, the error to r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
-    6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, SAC's policy loss; then the temperature α
+    6  every second step, twice: (ξ ← ξ − α₁ ∇L_ξ, SAC's policy loss; then the temperature α)
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
+
+Lines 3 to 7 use the batch and the ω of line 2: ω is not computed again after line 3.
 
 `Rollout.step` is line 1. `Replay.sample` samples. `Agent.update` is lines 2 to 7, line by line.
 `Run.gradient_step` calls these three: one step of all contexts, one batch, one update.
 
-A run begins with 5,000 random steps in each context. Every episode begins with a warm-up: the
-present policy acts for K steps, so that the window tells of this context. Then the environment is
-reset, the window stays, and the episode that counts begins. All methods do this, so that all see
-the same amount of data.
+A run begins with 5,000 random steps in each context. Every episode begins with a warm-up of K more
+steps. Then the environment is reset, the window stays, and the episode that counts begins. At
+evaluation the warm-up fills the window, which says nothing of a new context before. Training does
+the same, and stores these transitions too. So do all methods, to see the same amount of data.
 
 The method ends at the line "The method ends here". What follows starts, saves and draws runs:
 `python dmash.py --env cartpole_inv`, and `--help` tells the rest.
@@ -111,13 +114,15 @@ class Config:
     hidden: int = option(256, "width d_x of f, π and Q", 1)
     gamma: float = option(0.99, "γ, discount factor", 0, 1)
     polyak: float = option(0.005, "ρ, rate of the target critics' moving average", 1e-6, 1)
-    batch: int = option(256, "transitions in a batch, at most; the same number per context", 1)
+    batch: int = option(
+        256, "transitions in a batch, rounded down to a multiple of N (256: 240)", 1
+    )
     dynamics_lr: float = option(3e-4, "α₃, learning rate of φ, η and θ", 1e-9, 1)
     critic_lr: float = option(1e-3, "α₂, learning rate of the critics", 1e-9, 1)
     actor_lr: float = option(3e-4, "α₁, learning rate of the policy", 1e-9, 1)
     alpha_lr: float = option(1e-3, "learning rate of the temperature α", 1e-9, 1)
     alpha: float = option(1.0, "α, temperature, at the start", 1e-6, 100)
-    policy_average: float = option(0.0, "rate of the policy's moving average; 0: none", 0, 1)
+    policy_average: float = option(0.0, "rate of a moving average of π to evaluate; 0: none", 0, 1)
     buffer: int = option(None, "replay, steps per context (default: 100,000 + warm-ups)", 1)
     random_steps: int = option(5000, "random steps before the first gradient step", 0)
 
@@ -144,7 +149,7 @@ def subsample(B, K, L, noisy, device=None):
     """
     if noisy:
         return torch.rand(B, K, device=device).topk(L).indices  # places of the L largest
-    even = torch.arange(L, device=device) * (K - 1) // max(L - 1, 1)
+    even = torch.arange(L, device=device) * (K - 1) // max(L - 1, 1)  # from 0 to K - 1
     return even.expand(B, L)
 
 
@@ -241,7 +246,7 @@ class Hypernetwork(nn.Module):
 def adapter(x, omega):
     """Eq. 3: g_adapter(x; ω) = W_up ReLU(W_down x + b_down) + b_up.
 
-    x (M, B / M, 256) -> (M, B / M, 256): row i of x goes through adapter i.
+    x (M, B / M, 256) -> (M, B / M, 256): the block x[i] goes through adapter i.
     """
     down = F.relu(torch.baddbmm(omega.b_down, x, omega.W_down))  # baddbmm(b, x, W) is b + x W
     return torch.baddbmm(omega.b_up, down, omega.W_up)
@@ -272,7 +277,7 @@ class Network(nn.Module):
     def forward(self, inputs, omega):
         """inputs (B, d_in) -> (B, d_out)."""
         if self.use == "concat":
-            # z has a row for each sample, c one for all samples of a context.
+            # z has a row for each sample. c has one for each context, by which samples are ordered.
             context = omega.repeat_interleave(len(inputs) // len(omega), 0)  # (B, 8) or (B, d_c)
             inputs = torch.cat([inputs, context], -1)
         x = self.trunk(inputs)  # (B, 256), no activation yet
@@ -401,7 +406,7 @@ class Agent(nn.Module):
 
     def __init__(self, cfg, d_s, d_a, d_c):
         super().__init__()
-        self.cfg, self.target_entropy = cfg, -float(d_a)
+        self.cfg, self.target_entropy = cfg, -float(d_a)  # SAC's rule of thumb
         self.method = method = METHODS[cfg.method]
         d_context = {"z": cfg.d_z, "c": d_c, "none": 0}[method.context]
 
@@ -422,7 +427,7 @@ class Agent(nn.Module):
         if method.f != "none":
             self.f = DynamicsModel(d_s, d_a, use=method.f, **options)  # θ
         self.pi = Actor(d_s, d_a, use=method.rl, **options)  # ξ
-        self.pi_average = None
+        self.pi_average = None  # not in the paper; --quick evaluates it, as it is steadier
         if cfg.policy_average:
             self.pi_average = copy.deepcopy(self.pi).requires_grad_(False)
         self.Q = Critics(d_s, d_a, use=method.rl, **options)  # ζ
@@ -450,7 +455,7 @@ class Agent(nn.Module):
         """z (B, 8) and ω, from windows tau (B, L, 2 d_s + d_a).
 
         A method without a shared hypernetwork gets z in the place of ω. A method without an encoder
-        gets no z, and the true contexts c (N, d_c) in the place of ω.
+        gets no z, and the true contexts c (N, d_c) in the place of ω (DR gets them and uses none).
         """
         if self.g is None:
             return None, c
@@ -477,13 +482,13 @@ class Agent(nn.Module):
             loss = dynamics_loss(self.f, omega, batch)
             losses["dynamics_loss"] = loss.detach()
             if self.method.kl:
-                # DMA-Pearl alone. The published code weighs its KL term relative to the loss.
+                # DMA-Pearl alone: L (1 + β KL), as in the published code, with the gradient of both.
                 loss = loss * (1 + self.method.kl * self.g.kl)
             optimizers["dynamics"].zero_grad()
             loss.backward()
             optimizers["dynamics"].step()
 
-        # 4  ω ← stop-gradient(ω) (Eq. 2)
+        # 4  ω ← stop-gradient(ω) (Eq. 2). Where z stands in its place, z is a constant from here.
         omega = omega.detach()
 
         # 5  ζ ← ζ − α₂ ∇L_ζ
@@ -508,7 +513,7 @@ class Agent(nn.Module):
                 loss.backward()
                 optimizers["temperature"].step()
 
-                if self.pi_average is not None:
+                if self.pi_average is not None:  # an extra of --quick
                     move_towards(self.pi_average, self.pi, self.cfg.policy_average)
             self.Q.requires_grad_(True)
 
@@ -533,7 +538,7 @@ class Method(NamedTuple):
     mask: float  # probability p of `mask_inputs`
     input_norm: bool  # AvgL1Norm in the encoder
     output_norm: bool  # SimNorm in the encoder
-    kl: float = 0.0  # weight of the KL term; above 0 the code is Gaussian
+    kl: float = 0.0  # β, weight of the KL term; above 0 the code is Gaussian
 
 
 # fmt: off
@@ -584,8 +589,8 @@ class Replay:
     """Transitions of N contexts that step together. Row t of the ring holds [s, a, δs, r] of all.
 
     The window of transition t is rows t−K … t−1 of its context: past transitions only. A window may
-    reach back over a reset, which does not change the context. Rows not yet written are zeros, as
-    if masked. There is no terminal flag, since there are no terminal states.
+    reach back over a reset, which does not change the context, and before the first transition,
+    where the ring holds zeros, as if masked. There is no terminal flag: no state is terminal.
     """
 
     def __init__(self, c, capacity, d_s, d_a, K, L):
@@ -606,7 +611,7 @@ class Replay:
             return None
         i = subsample(len(t), self.K, self.L, noisy, self.rows.device)  # (B, L)
         past = (t.unsqueeze(-1) - self.K + i) % self.capacity
-        return self.rows[past, n.unsqueeze(-1), :-1]  # without the reward
+        return self.rows[past, n.unsqueeze(-1), :-1]  # all but the reward
 
     def latest(self, noisy):
         """τ (N, L, 2 d_s + d_a) for the next action in each context."""
@@ -616,7 +621,7 @@ class Replay:
     def sample(self, size):
         """A Batch of `size // N` transitions of each context, among those with a whole window."""
         n = torch.arange(self.N, device=self.rows.device).repeat_interleave(size // self.N)
-        oldest = max(0, self.t - self.capacity) + self.K
+        oldest = max(0, self.t - self.capacity) + self.K  # the first with a whole window
         t = torch.randint(oldest, self.t, n.shape, device=self.rows.device)
         rows = self.rows[t % self.capacity, n]  # (B, 2 d_s + d_a + 1)
         s, a, ds, r = rows.split([self.d_s, self.d_a, self.d_s, 1], -1)
