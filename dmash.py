@@ -482,7 +482,7 @@ class Agent(nn.Module):
             loss = dynamics_loss(self.f, omega, batch)
             losses["dynamics_loss"] = loss.detach()
             if self.method.kl:
-                # DMA-Pearl alone: L (1 + β KL), as in the published code, with the gradient of both.
+                # DMA-Pearl alone, as in the published code: the gradient is of both factors.
                 loss = loss * (1 + self.method.kl * self.g.kl)
             optimizers["dynamics"].zero_grad()
             loss.backward()
