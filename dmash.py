@@ -396,7 +396,7 @@ def temperature_loss(log_alpha, log_prob, target_entropy):
 
 @torch.no_grad()
 def move_towards(average, network, rate):
-    """Moves each weight p̄ of `average` towards the weight p of `network`: p̄ ← p̄ + rate (p − p̄)."""
+    """p̄ ← p̄ + rate (p − p̄), for each weight p̄ of `average` and p of `network`."""
     for p_average, p in zip(average.parameters(), network.parameters()):
         p_average.lerp_(p, rate)
 
@@ -836,6 +836,7 @@ def new_agent(cfg):
 SETS = ("train", "eval_in", "eval_out")
 LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
 ACTING = ("g.", "h.", "pi.", "pi_average.")  # the weights in policy.pt
+PLAIN = ("version", "step", "history", "sums", "counts", "step_seconds")  # in the checkpoint as is
 
 
 class Run:
@@ -894,8 +895,6 @@ class Run:
                 run = cls(Config(**state["settings"]), folder)
                 run.inode = inode
                 run.load_state_dict(state)
-            if state["version"] != run.version:
-                print(f"begun by version {state['version']!r}, goes on with {run.version!r}")
             if expected is not None:
                 for name, value in asdict(expected).items():
                     there = getattr(run.cfg, name)
@@ -1033,38 +1032,33 @@ class Run:
     def state_dict(self):
         """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
         optimizers = self.agent.optimizers
-        generators = [torch.get_rng_state()]
-        if self.cfg.device != "cpu":
-            generators.append(torch.cuda.get_rng_state(self.cfg.device))
-        return {
+        state = {name: getattr(self, name) for name in PLAIN}
+        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return state | {
             "settings": asdict(self.cfg),
-            "version": self.version,
-            "step": self.step,
-            "history": self.history,
-            "sums": self.sums,
-            "counts": self.counts,
-            "seconds": [time.perf_counter() - self.began, self.step_seconds],
+            "seconds": time.perf_counter() - self.began,
             "agent": self.agent.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
             "rollout": self.rollout.state_dict(),
-            "generators": generators,
+            "generators": [torch.get_rng_state(), *gpus],
         }
 
     def load_state_dict(self, state):
         """Takes over a checkpoint; an exception if it is not one of such a run."""
         if state.keys() != self.state_dict().keys():
             raise ValueError("written by another version of dmash.py")
-        self.step, self.history = state["step"], state["history"]
-        self.sums, self.counts = state["sums"], state["counts"]
-        seconds, self.step_seconds = state["seconds"]
-        self.began -= seconds
+        if state["version"] != self.version:
+            print(f"begun by version {state['version']!r}, goes on with {self.version!r}")
+        for name in PLAIN[1:]:
+            setattr(self, name, state[name])
+        self.began -= state["seconds"]
         self.agent.load_state_dict(state["agent"])
         for name, optimizer in self.agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.rollout.load_state_dict(state["rollout"])
-        torch.set_rng_state(state["generators"][0])
-        if self.cfg.device != "cpu":
-            torch.cuda.set_rng_state(state["generators"][1], self.cfg.device)
+        generator, *gpu_generators = state["generators"]
+        torch.set_rng_state(generator)
+        torch.cuda.set_rng_state_all(gpu_generators)
 
 
 def evaluate_sets(agent, cfg, rollouts):
@@ -1254,8 +1248,8 @@ def load_policy(path: str | Path, device: str = "cpu") -> tuple[Config, Agent]:
         cfg = Config(**state["settings"] | {"device": device})
         agent = new_agent(cfg)
         known = {name for name in agent.state_dict() if name.startswith(ACTING)}
-        for name in sorted(known ^ set(state["agent"])):
-            raise ValueError(f"weight {name} is missing, or unknown to this version")
+        if known != state["agent"].keys():
+            raise ValueError("its weights are not those of this method in this version")
         agent.load_state_dict(state["agent"], strict=False)
         agent.step, agent.version = int(state["step"]), str(state["version"])
     return cfg, agent
