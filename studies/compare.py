@@ -1,299 +1,698 @@
-"""Which method is better, by how much, and how sure is that? Commands for the runs, and a report of those made.
+"""Which method is better, by how much, and how sure is that?
 
-    python studies/compare.py plan --envs cartpole_inv di_inv --methods dma_star_sh concat dr --seeds 11-15 --quick
-    python studies/compare.py report RUNS... --out results/comparison
+    python studies/compare.py plan --envs cartpole_inv di_inv --methods dma_star_sh dr --seeds 11-15
+    python studies/compare.py add RUNS... --experiment quick
+    python studies/compare.py report results --out runs/report
+    python studies/compare.py report results --into results/README.md
+    python studies/compare.py no-action --envs cartpole_inv di_inv
 
-`plan` prints a command for every environment, method and seed, with the settings given, in the order of seeds: a list
-cut short leaves whole comparisons. A command that is given again goes on with its run. To work through a list, two at a
-time on one machine, or as a Slurm array (in a shell where `python` is the one with torch):
+`plan` prints a command per environment, method and seed, in the order of seeds, so that a list cut
+short leaves whole comparisons. A command that is given again goes on with its run. A list is worked
+through two at a time, or as a Slurm array, in a shell where `python` is the one with torch:
 
-    python studies/compare.py plan … --threads 1 | xargs -P 2 -I{} sh -c '{}'
+    python studies/compare.py plan … | xargs -P 2 -I{} sh -c '{}'
     sbatch --array=1-$(wc -l < plan.txt) --wrap 'sed -n "${SLURM_ARRAY_TASK_ID}p" plan.txt | sh'
 
-xargs takes quotes away. Where a value needs them, as an --out with a blank does: tr '\\n' '\\0' | xargs -0 -P 2 …
+xargs takes quotes away. Where a value needs them: tr '\\n' '\\0' | xargs -0 -P 2 …
 
-`report` reads config.json, metrics.csv and per_context.csv of all run folders in RUNS and writes report.md (returns by
-environment; over environments, scaled returns, gains, probabilities of improvement), report.csv (a row per run) and
-figures (learning curves; returns by context, ablations apart) into --out. The same runs give the same tables, byte for
-byte. It takes seconds; numpy is enough, matplotlib draws the figures.
+`add` puts finished runs into the tables of results/ (studies/runs.py says which). `report` reads
+these tables, run folders, or both, and writes report.md with figures. With --into, it writes each
+table of a document anew, between a line such as <!-- table 1 of quick, masks --> and the next
+<!-- end -->. With --check, it changes nothing and fails if one of them would change. `no-action`
+writes results/no_action.csv: what an agent earns that never acts. The report takes seconds.
 """
 
 import argparse
-import csv
-import io
+import functools
+import itertools
 import math
-import os
 import re
 import shlex
 import sys
-from itertools import product
 from pathlib import Path
 
-import aer
 import numpy as np
-from aer import BadInput, group
+import runs as reader
+from runs import BadInput, aib_envs, dmash, group
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `plan` finds dmash
-
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+NO_ACTION = RESULTS / "no_action.csv"
 OURS = "dma_star_sh"
-COLUMNS = {name: (name, 1) for name in aer.SCORES} | {"mean, last three": ("mean", 3)}  # of how many evaluations
-# The paper's scaled returns (10 seeds, all of its environments), whose ratios are its Table 9
-PAPER_METHODS = ("concat", "da", "dr", "dma", "dma_pearl", "dma_star", "dma_star_sh")
-PAPER = {
-    ("all", "train"): (0.79, 0.81, 0.56, 0.78, 0.80, 0.80, 0.84),
-    ("all", "eval_out"): (0.61, 0.65, 0.43, 0.59, 0.63, 0.64, 0.68),
-    ("non-overlapping", "eval_out"): (0.64, 0.69, 0.37, 0.61, 0.65, 0.68, 0.73),
-    ("overlapping", "eval_out"): (0.56, 0.58, 0.55, 0.55, 0.60, 0.58, 0.59),
-}
-INTRO = """# Comparison
+FEWEST = 5  # seeds a side, for a verdict
+LEVEL = 0.05  # of Holm's p, for a verdict
+FEWEST_OF_INTERVAL = 3
+MOST_SPLITS = 1_000_000
+SHORT = {"mean": "mean of the sets", "eval_out": "extrapolation"}
 
-Average episodic return (AER) at the last evaluation: interquartile mean over seeds [95 % interval of 2,000 bootstrap
-samples, which draw seeds within each environment]. The interquartile mean leaves out the lowest and the highest
-quarter, rounded down: one each of 4 to 7 seeds, none of fewer. Intervals of few seeds are too narrow: of two, they only
-span these, and where all of one side are above all of the other, that of a probability has no width. `mean` is that of
-the three sets, minutes are the median. Each run by itself: [report.csv](report.csv). Unfinished runs are counted, not
-averaged. `dma_star_sh` is ahead or behind where the intervals of the two do not overlap, both at the last evaluation
-and for the mean of each run's last three, of 3 and 3 seeds, 2 and 5, or more. A mask other than most runs' is named.
-"""
-SCALED = """Returns divided by the largest possible, of the seeds (how many) that all of these methods have in an
-environment: {}.
-`ode` counts as non-overlapping; methods that lack one of the environments are not here.
-"""
-GAINS = f"""### Gain of `{OURS}`
-
-Its scaled return divided by the other's, minus 1, of the seeds (how many) that both have in an environment; behind it
-the paper's, from its scaled returns over all of its environments.
-"""
-ODDS = f"""### Probability that `{OURS}` is better
-
-The share of pairs of seeds in which it is, ties half, averaged over environments.
-"""
-
-# ---- plan -------------------------------------------------------------------------------------------------------
+# ---- Statistics --------------------------------------------------------------------------------
 
 
-def commands(envs, methods, seeds, given):
-    """A command per run, seeds outermost, with the settings in `given`, words of dmash.py's command line."""
-    import dmash
-
-    numbers = []
-    for word in seeds:
-        ends = re.fullmatch("([0-9]{1,10})(?:-([0-9]{1,10}))?", word)
-        low, high = (int(end or ends[1]) for end in ends.groups()) if ends else (1, 0)
-        if not low <= high < low + 1000:
-            raise BadInput(f"--seeds {word}: must be seeds such as 1 2 3, or ranges such as 11-15 of at most 1,000")
-        numbers += range(low, high + 1)
-    try:
-        settings = {k: v for k, v in vars(dmash.build_parser().parse_args(given)).items() if v not in (None, False)}
-        if wrong := [k for k in settings if k in aer.APART[:3] or k not in dmash.Config.__annotations__]:
-            raise BadInput(f"{dmash.flag(wrong[0])}: not here; allowed: --envs, --methods, --seeds, settings of a run")
-        if split := [word for word in given if "\n" in word]:
-            raise BadInput(f"{split[0]!r}: must be one line, as each line is a command")
-        for env, method, seed in product(envs, methods, (min(numbers), max(numbers))):
-            dmash.Config(env=env, method=method, seed=seed, **settings)
-    except dmash.BadInput as error:
-        raise BadInput(error) from None
-    for seed, env, method in product(*map(dict.fromkeys, (numbers, envs, methods))):
-        words = ["--env", env, "--method", method, "--seed", str(seed), *given, "--go-on"]
-        yield shlex.join(["python", "dmash.py", *words])
+def t_quantile(p, dof):
+    """Student's t with t = √dof · tan θ: the density of θ is proportional to cos(θ)^(dof - 1)."""
+    theta = np.linspace(0, np.pi / 2, 20_001)
+    middle = (theta[1:] + theta[:-1]) / 2
+    mass = np.concatenate([[0], np.cumsum(np.cos(middle) ** (dof - 1))])
+    return math.sqrt(dof) * math.tan(np.interp(2 * p - 1, mass / mass[-1], theta))
 
 
-# ---- report.md and report.csv -----------------------------------------------------------------------------------
+def contrast(weights, samples):
+    """A weighted sum of the samples' means, and the ends of its 95 % interval.
+
+    With weights 1 and -1 it is Welch's interval of a difference. The ends are nan where a sample
+    has fewer than three values, whose intervals say nothing.
+    """
+    point = sum(weight * np.mean(sample) for weight, sample in zip(weights, samples))
+    if min(map(len, samples)) < FEWEST_OF_INTERVAL:
+        return point, math.nan, math.nan
+    shares = [w**2 * np.var(x, ddof=1) / len(x) for w, x in zip(weights, samples)]
+    variance = sum(shares)
+    if variance == 0:
+        return point, point, point
+    squares = [share**2 / (len(x) - 1) for share, x in zip(shares, samples)]
+    half = t_quantile(0.975, variance**2 / sum(squares)) * math.sqrt(variance)
+    return point, point - half, point + half
 
 
-def listed(words):
-    return ", ".join(map(str, words))
+def permutation_p(x, y):
+    """Exact and two-sided: of all splits in two, the share with means at least as far apart.
+
+    It is nan where there are more than a million splits.
+    """
+    values = np.concatenate([x, y])
+    size = min(len(x), len(y))
+    if math.comb(len(values), size) > MOST_SPLITS:
+        return math.nan
+    values = values - values.mean()
+    sums = [np.zeros(1)] + [
+        np.zeros(0)
+    ] * size  # of all subsets of the values so far, by their size
+    for value in values:
+        for k in range(size, 0, -1):
+            sums[k] = np.concatenate([sums[k], sums[k - 1] + value])
+    observed = abs(values[: len(x)].sum())
+    return float(np.mean(abs(sums[size]) >= observed - 1e-9 * abs(values).sum()))
+
+
+def holm(ps):
+    """Holm's correction: the p-values, each made larger for the number of those tested with it."""
+    order = np.argsort(ps)
+    factors = len(ps) - np.arange(len(ps))
+    corrected = np.empty(len(ps))
+    corrected[order] = np.minimum(np.maximum.accumulate(np.array(ps)[order] * factors), 1)
+    return corrected.tolist()
+
+
+def probability_of_improvement(x, y):
+    """The share of pairs in which x is larger, ties half."""
+    return float(np.mean([(np.sign(value - y).mean() + 1) / 2 for value in x]))
+
+
+# ---- What is compared --------------------------------------------------------------------------
+
+
+def scores(runs, score):
+    return np.array([run.last(score) for run in runs])
+
+
+def blocks_of(runs):
+    """Finished runs of one environment and equal settings, by arm; each block under a title."""
+    runs = [run for run in runs if run.finished]
+    blocks = group(runs, lambda run: (run.env, run.compared))
+    quick = {"quick" in dict(settings) for _, settings in blocks}
+    titles = {}
+    for (env, settings), block in blocks.items():
+        words = [env, f"{block[0].steps:,} steps"]
+        if len(quick) > 1:
+            words.append(setting_of(block[0]))
+        alike = [dict(other) for name, other in blocks if name == env]
+        alike = [other for other in alike if other.get("quick") == dict(settings).get("quick")]
+        for name in sorted(set().union(*alike) - {"steps"}):
+            if len({other.get(name) for other in alike}) > 1:
+                words.append(f"{name} {dict(settings).get(name, 'off')}")
+        titles[", ".join(words)] = group(block, lambda run: run.arm)
+    return titles
+
+
+def env_of(arms):
+    return next(iter(arms.values()))[0].env
+
+
+def setting_of(run):
+    """`--quick` or not, in words."""
+    if "quick" in run.settings:
+        return "`--quick`"
+    return "paper's settings"
+
+
+def find(arms, method, departures=""):
+    """The runs of a method with its own mask in a block, if it has some."""
+    return arms.get(", ".join(filter(None, [reader.paper_name(method), departures])), [])
+
+
+def departures_in(arms):
+    return sorted({of[0].departures for of in arms.values()})
+
+
+@functools.cache
+def returns_without_action(env):
+    """By set and index of the context; empty where they were not measured."""
+    key = ("env", "set", "index")
+    rows = reader.read_table(NO_ACTION, ("index", "return"), texts=("env", "set"), key=key)
+    return {(row["set"], row["index"]): row["return"] for row in rows if row["env"] == env}
+
+
+def no_action(env, score):
+    """What an agent earns that never acts, or nan."""
+    returns = returns_without_action(env)
+    sets = group(returns, lambda key: key[0])
+    means = {name: float(np.mean([returns[key] for key in sets[name]])) for name in sets}
+    if not means:
+        return math.nan
+    return means.get(score, sum(means.values()) / len(means))
+
+
+def largest(env):
+    """The largest possible return, or None: the horizon where no reward is above 1."""
+    if env not in aib_envs.ENVS or env in ("walker_gym", "hopper_gym"):
+        return None
+    return aib_envs.ENVS[env].horizon
+
+
+# ---- Tables ------------------------------------------------------------------------------------
 
 
 def table(head, rows):
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+    lines = []
+    for row in [head, ["---"] * len(head), *rows]:
+        cells = [" ".join(str(cell).split()).replace("|", "\\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
 
 
-def cell(form, statistic, *samples):
-    """A figure and its interval, as far as they are finite numbers."""
-    point, *ends = [format(x, form) if math.isfinite(x) else "–" for x in aer.estimate(statistic, *samples)]
-    return point if "–" in ends else f"{point} [{', '.join(ends)}]"
+def figure(value, digits, sign=""):
+    if math.isnan(value):
+        return "–"
+    text = f"{value:{sign}.{digits}f}"
+    return text.replace("-", "−")
 
 
-def returns(block):
-    """The table of a block: a row for each method, with a note of seeds that are not there and versions that differ."""
-    seeds, lines, rows = {run.seed for run in block}, [], aer.rows_of(block)
-    ours = [run for run in rows.get(OURS, ()) if run.finished]
-    differing = [name for name in aer.VERSIONS if len({run.version(name) for run in block}) > 1]
-    for label, row in rows.items():
-        done, missing = [run for run in row if run.finished], sorted(seeds - {run.seed for run in row})
-        at = {run.seed: run.metrics[-1]["step"] if run.metrics else 0 for run in row if not run.finished}
-        notes = [f"seed {seed} unfinished, at {step:,.0f}" for seed, step in at.items()]
-        notes += [f"seed {listed(missing)} missing"] * bool(missing)
-        for name in differing:
-            values = group(row, lambda run: run.version(name))
-            notes += [f"{name} {value}: seed {listed(run.seed for run in of)}" for value, of in values.items()]
-        cells = [cell(".1f", aer.iqm, [aer.last(done, name)]) if done else "–" for name in aer.SCORES]
-        cells += [aer.standing(ours, done), f"{np.median(aer.last(done, 'seconds')) / 60:.1f}" if done else "–"]
-        lines.append([f"`{label}`", f"{len(done)} of {len(seeds)}", *cells, "; ".join(notes)])
-    return table(["method", "seeds", *aer.SCORES, f"`{OURS}` is", "minutes", "note"], lines)
+def cell(estimate, digits, sign=""):
+    """A figure and its interval, if it has one."""
+    point, *ends = [figure(value, digits, sign) for value in estimate]
+    if "–" in ends:
+        return point
+    return f"{point} [{ends[0]}, {ends[1]}]"
 
 
-def scaled(runs, envs, method, name, n=1):
-    """Strata of scaled returns."""
-    return [aer.last(runs[env][method], name, n) / aer.BOUND[env] for env in envs]
+def digits_of(env):
+    """Returns of a thousand are written without decimals, others with one."""
+    if env in aib_envs.ENVS and aib_envs.ENVS[env].horizon <= 200:
+        return 1
+    return 0
 
 
-def scaled_returns(done, methods):
-    """For each set of environments that a method has: a table of all methods that have them."""
-    having = {m: tuple(env for env in done if m in done[env] and env in aer.BOUND) for m in methods}
-    for envs in sorted(set(having.values()), key=lambda envs: (-len(envs), envs)):
-        members = [m for m in methods if set(envs) <= set(having[m])]
-        runs, lines = aer.shared({env: done[env] for env in envs}, members), []
-        for (kind, of_kind), m in product(aer.by_kind(runs).items(), members):
-            cells = (cell(".3f", aer.iqm, scaled(runs, of_kind, m, name)) for name in aer.SCORES)
-            lines.append([kind, f"`{m}`", *cells])
-        if len(runs) > 1 and len(members) > 1:
-            counts = listed(f"{env} ({len(of[members[0]])})" for env, of in runs.items())
-            yield f"### Scaled returns in {len(runs)} environments\n\n{SCALED.format(counts)}"
-            yield table(["environments", "method", *aer.SCORES], lines)
+def p_text(p):
+    if math.isnan(p):
+        return "–"
+    if p < 0.001:
+        return f"{p:.0e}"
+    return f"{p:.3f}"
 
 
-def against_each(done, methods):
-    """Tables of OURS against each other method, over the environments that both have."""
-    gains, odds = [], []
-    for m in methods if OURS in methods else ():
-        runs = aer.shared(done, (OURS, m)) if m != OURS else {}
-        for i, (kind, envs) in enumerate(aer.by_kind(runs).items()):
-            cells = []
-            for name, n in COLUMNS.values():
-                cells.append(cell("+.1%", aer.gain, *(scaled(runs, envs, who, name, n) for who in (OURS, m))))
-                if m in (paper := dict(zip(PAPER_METHODS, PAPER.get((kind, name), ())))):
-                    cells[-1] += f" (paper {paper[OURS] / paper[m] - 1:+.1%})"
-            which = ": " + listed(f"{env} ({len(runs[env][m])})" for env in envs) if i == 0 else ""
-            gains.append([f"`{m}`", kind + which, *cells])
-        if envs := [env for env in done if m != OURS and {m, OURS} <= set(done[env])]:
-            cells = []
-            for name, n in COLUMNS.values():
-                pair = ([aer.last(done[env][who].values(), name, n) for env in envs] for who in (OURS, m))
-                cells.append(cell(".2f", aer.improvement, *pair))
-            odds.append([f"`{m}`", listed(envs), *cells])
-    for text, lines in ((GAINS, gains), (ODDS, odds)):
-        if lines:
-            yield text
-            yield table(["over", "environments", *COLUMNS], lines)
+def returns_table(score):
+    """A function of runs: a row per arm, a column per environment and setting."""
+
+    def make(runs):
+        blocks = blocks_of(runs)
+        arms = dict.fromkeys(run.arm for run in sorted(runs, key=reader.arm_rank))
+        rows = [["no action"], ["largest possible"]]
+        for arms_here in blocks.values():
+            env = env_of(arms_here)
+            rows[0].append(figure(no_action(env, score), digits_of(env)))
+            rows[1].append(largest(env) or "–")
+        for arm in arms:
+            rows.append([arm])
+            for arms_here in blocks.values():
+                done = arms_here.get(arm, [])
+                text = "not run"
+                if done:
+                    estimate = contrast([1], [scores(done, score)])
+                    text = f"{cell(estimate, digits_of(done[0].env))} ({len(done)})"
+                rows[-1].append(text)
+        return table(["method", *blocks], rows)
+
+    return make
 
 
-def report(runs):
-    """The text of report.md, and its figures: by file name, the function of compare_figures and its arguments."""
-    blocks, figures, parts = aer.blocks_of(runs), {}, [INTRO]
-    versions = sorted(group(runs, lambda run: run.version("version")).items(), key=lambda item: item[0])
-    versions = listed(f"{version} ({len(of)} runs)" for version, of in versions)
-    parts.append(f"{len(runs)} runs, {sum(run.finished for run in runs)} of them finished. Versions: {versions}.\n")
-    alike = [name for name in runs[0].settings if name not in aer.OWN + tuple(aer.differing(runs))]
-    parts.append(f"Settings of all: {listed(f'{name} {runs[0].settings[name]}' for name in alike)}.\n")
-    drawn = {title: [run for run in block if run.finished] for title, block in blocks.items()}
-    drawn = {title: block for title, block in drawn.items() if block}
-    if drawn:
-        figures["curves.png"] = "curves", drawn
-        parts.append("![Learning curves](curves.png)\n")
-        parts.append("The last evaluation may have more episodes (`rollouts`) than those before (`eval_rollouts`).\n")
-    for title, block in blocks.items():
-        same = [other for other in blocks if blocks[other][0].env == block[0].env]
-        parts.append(f"## {title}\n")
-        parts += [f"Not comparable with the other {len(same) - 1} tables of this environment.\n"] * (len(same) > 1)
-        parts += [f"{aer.own(block)}.\n", returns(block)]
-        if title in drawn:
-            place = re.sub("[^a-zA-Z0-9_]", ".", block[0].env) + f"_{same.index(title) + 1}" * (len(same) > 1)
-            kinds = group(drawn[title], lambda run: "ablations" if run.method in aer.ABLATIONS else "contexts")
-            if "ablations" in kinds:  # beside ours, of which most of them are
-                kinds["ablations"] = [run for run in drawn[title] if run.method == OURS] + kinds["ablations"]
-            for kind in sorted(kinds, reverse=True):  # contexts first
-                figures[f"{kind}_{place}.png"] = "contexts", title, kinds[kind]
-                parts.append(f"![Return by context]({kind}_{place}.png)\n")
-    for settings, same in group(blocks.values(), lambda block: aer.varied(block[0], runs)).items():
-        done = aer.finished(same)
-        methods = aer.by_rank({m for env in done for m in done[env]}, aer.METHODS)
-        if tables := [*scaled_returns(done, methods), *against_each(done, methods)]:
-            parts.append(f"## Over environments{settings}\n")
-            parts += ["Of the tables of one environment, that with most finished runs counts.\n"] * (
-                len(same) > len(done)
-            )
-            parts += tables
-    return "\n".join(parts), figures
+def difference_cells(ours, others, score):
+    """The difference of two lists of runs with its interval, and its p."""
+    x, y = scores(ours, score), scores(others, score)
+    difference = contrast([1, -1], [x, y])
+    return [cell(difference, digits_of(ours[0].env), "+"), p_text(permutation_p(x, y))]
 
 
-def runs_table(runs):
-    """The text of report.csv: a row per run, without returns if it is not finished."""
-    text, parent = io.StringIO(newline=""), os.path.commonpath([run.folder.parent for run in runs])
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*aer.APART[:3], *aer.OWN, *aer.SCORES, "minutes", "diverged", "version", "folder"])
-    for run in runs:
-        numbers = [""] * (len(aer.SCORES) + 2)
-        if run.finished:
-            end = run.metrics[-1]
-            diverged = [n for name, n in end.items() if name.startswith("diverged")]
-            numbers = [f"{x:.6g}" for x in (*(end[name] for name in aer.SCORES), end["seconds"] / 60)]
-            numbers.append(f"{sum(diverged):g}" if diverged else "")
-        folder = run.folder.relative_to(parent).as_posix()
-        own = [run.config.get(name, "") for name in aer.OWN]
-        writer.writerow([run.env, run.method, run.seed, *own, *numbers, run.version("version"), folder])
-    return text.getvalue()
+def speed(runs):
+    """Gradient steps per second of whole runs, evaluations included: the median."""
+    return float(np.median([run.steps / run.last("seconds") for run in runs]))
 
 
-def write_report(places, out):
-    """Writes all files into the folder `out`."""
-    runs = aer.read_runs(places)
-    text, figures = report(runs)
+def differences_table(runs):
+    """DMA*-SH minus each other method with the same departures."""
+    rows = []
+    for title, arms in blocks_of(runs).items():
+        for departures in departures_in(arms):
+            ours = find(arms, OURS, departures)
+            for arm, others in arms.items():
+                if not ours or others[0].departures != departures:
+                    continue
+                row = [title, arm, f"{len(ours)}, {len(others)}"]
+                for score in ("mean", "eval_out"):
+                    if others is ours:
+                        row += ["", ""]
+                    else:
+                        row += difference_cells(ours, others, score)
+                rows.append([*row, figure(speed(others), 1)])
+    head = ["environment", "DMA*-SH minus", "seeds", "mean of the sets", "p", "extrapolation", "p"]
+    return table([*head, "steps/s"], rows)
+
+
+def departures_table(runs):
+    """What each departure changes: each method with it minus the same method without."""
+    rows = []
+    for title, arms in blocks_of(runs).items():
+        for arm, changed in arms.items():
+            plain = arms.get(changed[0].label, [])
+            if changed[0].departures and plain:
+                row = [title, arm, f"{len(changed)}, {len(plain)}"]
+                for score in ("mean", "eval_out"):
+                    row += difference_cells(changed, plain, score)
+                rows.append(row)
+    head = ["environment", "with it minus without", "seeds", "mean of the sets", "p"]
+    return table([*head, "extrapolation", "p"], rows)
+
+
+CLAIMS = [  # what the paper says: the first is better than the second
+    ("The shared hypernetwork beats domain randomisation", OURS, "dr"),
+    ("It beats the true context, concatenated", OURS, "concat"),
+    ("It beats adapters made from the true context", OURS, "da"),
+    ("It beats the inferred code, concatenated", OURS, "dma_star"),
+    ("It beats DMA", OURS, "dma"),
+    ("It beats DMA-Pearl", OURS, "dma_pearl"),
+    ("It beats a hypernetwork in each network", OURS, "dma_star_h"),
+    ("It beats adapters trained by the RL losses", OURS, "rl_adapters"),
+    ("Masks help it", OURS, "no_mask"),
+    ("The input norm helps it", OURS, "no_input_norm"),
+    ("The output norm helps it", OURS, "no_output_norm"),
+    ("Masks and norms help it", OURS, "dma_sh"),
+    ("Masks and norms help a concatenated code", "dma_star", "dma"),
+]
+INTO_ETA = [  # the same, with a departure that lets an RL loss train the hypernetwork
+    ("The policy's gradients harm the hypernetwork", "actor_into_eta"),
+    ("The critics' gradients harm the hypernetwork", "critic_into_eta"),
+    ("The gradients of both harm the hypernetwork", "both_into_eta"),
+]
+
+
+def claims_in(runs):
+    """A claim, the title of its block, and its two lists of runs, for each that has them."""
+    for title, arms in blocks_of(runs).items():
+        for departures in departures_in(arms):
+            for claim, better, worse in CLAIMS:
+                yield claim, title, find(arms, better, departures), find(arms, worse, departures)
+        for claim, departure in INTO_ETA:
+            yield claim, title, find(arms, OURS), find(arms, OURS, departure)
+
+
+def verdict(difference, p):
+    if p >= LEVEL:
+        return "inconclusive"
+    if difference > 0:
+        return "consistent with the paper"
+    return "against it"
+
+
+def claims_table(score):
+    """A function of runs: a row per claim and block; p corrected for all rows with enough seeds."""
+
+    def make(runs):
+        rows, tested, ps = [], [], []
+        for claim, title, better, worse in claims_in(runs):
+            if not better or not worse:
+                continue
+            setting = ", ".join(filter(None, [setting_of(better[0]), better[0].departures]))
+            row = [claim, title, setting, f"{len(better)}, {len(worse)}"]
+            row += difference_cells(better, worse, score)
+            rows.append([*row, "–", "too few seeds"])
+            p = permutation_p(scores(better, score), scores(worse, score))
+            if min(len(better), len(worse)) >= FEWEST and not math.isnan(p):
+                tested.append(
+                    (rows[-1], np.mean(scores(better, score)) - np.mean(scores(worse, score)))
+                )
+                ps.append(p)
+        for (row, difference), p in zip(tested, holm(ps)):
+            row[-2:] = [p_text(p), verdict(difference, p)]
+        rows.sort(key=lambda row: [claim for claim, *_ in CLAIMS + INTO_ETA].index(row[0]))
+        head = ["the paper says", "environment", "setting", "seeds", "difference", "p", "Holm's p"]
+        return table([*head, "verdict"], rows)
+
+    return make
+
+
+def scaled(runs, score):
+    """Returns with no action as 0 and the largest possible as 1."""
+    nothing = no_action(runs[0].env, score)
+    return (scores(runs, score) - nothing) / (largest(runs[0].env) - nothing)
+
+
+def mean_difference(pairs):
+    """The mean over environments, of equal weight, of the differences of two samples each."""
+    weights = [1 / len(pairs), -1 / len(pairs)] * len(pairs)
+    return contrast(weights, [sample for pair in pairs for sample in pair])
+
+
+def samples(runs):
+    """Blocks that enter an aggregate, by what runs of several environments can have in common.
+
+    Steps, K and the buffer belong to the environment. Of several such blocks of one environment,
+    that with most runs counts.
+    """
+    found = {}
+    for arms in blocks_of(runs).values():
+        first = next(iter(arms.values()))[0]
+        if largest(first.env) and returns_without_action(first.env):
+            own = ("steps", "K", "buffer")
+            settings = tuple(pair for pair in first.compared if pair[0] not in own)
+            for departures in departures_in(arms):
+                here = {arm: of for arm, of in arms.items() if of[0].departures == departures}
+                envs = found.setdefault((settings, departures), {})
+                size = sum(map(len, here.values()))
+                if size > sum(map(len, envs.get(first.env, {}).values())):
+                    envs[first.env] = here
+    return found
+
+
+def kinds(envs):
+    """The environments, all together and by whether one policy can do well in all contexts."""
+    apart = group(envs, lambda env: aib_envs.ENVS[env].kind == aib_envs.OVER)
+    named = {
+        "all": envs,
+        "not overlapping": apart.get(False, []),
+        "overlapping": apart.get(True, []),
+    }
+    return {kind: of for kind, of in named.items() if len(of) > 1}
+
+
+def aggregates_table(runs):
+    """DMA*-SH minus each method over the environments that have both, on the common scale."""
+    rows = []
+    for (_, departures), envs in samples(runs).items():
+        for arm in dict.fromkeys(arm for arms in envs.values() for arm in arms):
+            pairs = {}
+            for env, arms in envs.items():
+                ours = find(arms, OURS, departures)
+                if ours and arm in arms and ours is not arms[arm]:
+                    pairs[env] = ours, arms[arm]
+            for score, (kind, of_kind) in itertools.product(
+                ("mean", "eval_out"), kinds(list(pairs)).items()
+            ):
+                of = {env: [scaled(side, score) for side in pairs[env]] for env in of_kind}
+                row = [arm, SHORT.get(score, score), f"{kind} ({len(of)})"]
+                row.append(cell(mean_difference(of.values()), 3, "+"))
+                rows.append([*row, *leaving_one_out(of), figure(mean_probability(of.values()), 2)])
+    head = ["DMA*-SH minus", "score", "environments", "difference", "lowest, leaving one out"]
+    return table([*head, "highest", "probability of improvement"], rows)
+
+
+def leaving_one_out(pairs):
+    """The lowest and the highest difference without one of the environments."""
+    without = {}
+    for env in pairs:
+        rest = [pair for other, pair in pairs.items() if other != env]
+        without[env] = mean_difference(rest)[0]
+    ends = min(without, key=without.get), max(without, key=without.get)
+    return [f"{figure(without[env], 3, '+')} without {env}" for env in ends]
+
+
+def mean_probability(pairs):
+    return np.mean([probability_of_improvement(*pair) for pair in pairs])
+
+
+PAPER = {  # its returns, means of the three sets, at its own settings
+    "cartpole_inv": {OURS: 967, "concat": 863, "da": 892},
+    "reacher_hard_inv": {OURS: 805, "concat": 683, "da": 713},
+    "reacher_hard_perm": {OURS: 840, "concat": 712, "da": 749},
+    "ball_in_cup": {OURS: 890, "concat": 924, "dma_pearl": 903},
+    "walker_gym": {OURS: 3258, "dma_pearl": 3162},
+    "hopper_gym": {OURS: 2563, "dma_pearl": 2646},
+    "cheetah_inv": {OURS: 408},
+    "di_inv": {"dma_pearl": 68},
+    "di_perm": {"dma_pearl": 70},
+}
+
+
+def published_score(run):
+    """The larger of the last two evaluations of each set."""
+    return np.mean([max(row[name] for row in run.metrics[-2:]) for name in dmash.SETS])
+
+
+def published_table(runs):
+    """Our endpoint, the published score, and the paper's figure, where it gives one."""
+    rows = []
+    for title, arms in blocks_of(runs).items():
+        env = env_of(arms)
+        for arm, of in arms.items():
+            paper = PAPER.get(env, {}).get(of[0].method)
+            if paper:
+                row = [
+                    title,
+                    arm,
+                    len(of),
+                    cell(contrast([1], [scores(of, "mean")]), digits_of(env)),
+                ]
+                best = np.array([published_score(run) for run in of])
+                rows.append([*row, cell(contrast([1], [best]), digits_of(env)), paper])
+    return table(
+        ["environment", "method", "seeds", "last evaluation", "published score", "paper"], rows
+    )
+
+
+MAKERS = {
+    "table 1": returns_table("mean"),
+    "table 2": returns_table("eval_out"),
+    "table 3": differences_table,
+    "claims": claims_table("mean"),
+    "claims, extrapolation": claims_table("eval_out"),
+    "aggregates": aggregates_table,
+    "published scores": published_table,
+    "departures": departures_table,
+}
+
+
+# ---- Commands ----------------------------------------------------------------------------------
+
+INTRO = """# Comparison
+
+The score is the mean of the three context sets at the last evaluation. The second score is the
+extrapolation set alone. Behind each mean stands its 95 % interval: Student's t, or Welch's for a
+difference. The number in parentheses counts seeds. Each p is two-sided and exact: it looks at all
+splits of the seeds in two groups. Holm's p is corrected for all claims of its table that have five
+seeds a side. In aggregates no action is 0, the largest possible return is 1, and environments have
+equal weight. The published score takes the larger of the last two evaluations in each set. It is
+optimistic.
+"""
+
+
+def report_text(runs):
+    versions = group(runs, lambda run: run.versions["version"])
+    versions = ", ".join(f"{version} ({len(of)})" for version, of in sorted(versions.items()))
+    done = sum(run.finished for run in runs)
+    parts = [INTRO, f"{len(runs)} runs, {done} of them finished. Versions: {versions}.\n"]
+    for name, make in MAKERS.items():
+        parts.append(f"## {name.capitalize()}\n\n{make(runs)}")
+    return "\n".join(parts)
+
+
+def report(places, experiments, out):
+    runs = reader.read_runs(places, experiments)
+    text = report_text(runs)
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in {"report.md": text, "report.csv": runs_table(runs)}.items():
-        (out / name).write_bytes(content.encode())
+    (out / "report.md").write_bytes(text.encode("utf-8", "backslashreplace"))
+    count = 0
     try:
         import compare_figures
     except ImportError as error:
-        figures = {}
         print(f"no figures are drawn ({error})")
-    for name, (kind, *arguments) in figures.items():
-        getattr(compare_figures, kind)(*arguments).savefig(out / name, dpi=110)
-    print(f"{out}: {len(runs)} runs in report.md and report.csv, {len(figures)} figures")
+    else:
+        for name, drawing in compare_figures.all_of(blocks_of(runs), returns_without_action):
+            drawing.savefig(out / f"{name}.png", dpi=90)
+            count += 1
+    print(f"{out}: report.md of {len(runs)} runs, {count} figures")
 
 
-# ---- Command line -----------------------------------------------------------------------------------------------
+def fill(places, document, check):
+    """Writes the tables of a document anew. With `check`, refuses one that would change."""
+    runs = reader.read_runs(places)
+    names = "|".join(sorted(MAKERS, key=len, reverse=True))
+    pattern = rf"(<!-- ({names})(?: of ([^>]*))? -->\n)(.*?)(<!-- end -->)"
+    text = document.read_text(encoding="utf-8")
+    found = list(re.finditer(pattern, text, re.DOTALL))
+    if not found or len(found) != text.count("<!-- end -->"):
+        raise BadInput(
+            f"{document}: no marks, or one that is not known; known: {', '.join(MAKERS)}"
+        )
+
+    def new(match):
+        begin, name, experiments, _, end = match.groups()
+        wanted = (
+            re.split(", *", experiments)
+            if experiments
+            else sorted({run.experiment for run in runs})
+        )
+        unknown = set(wanted) - {run.experiment for run in runs}
+        if unknown:
+            raise BadInput(f"{document}: no experiment {min(unknown)!r}")
+        made = MAKERS[name]([run for run in runs if run.experiment in wanted])
+        return f"{begin}{made}{end}"
+
+    filled = re.sub(pattern, new, text, flags=re.DOTALL)
+    if check and filled != text:
+        raise BadInput(f"{document}: its tables are not those of the runs; write them with --into")
+    if not check:
+        document.write_text(filled, encoding="utf-8")
+    print(f"{document}: {len(found)} tables")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message)
+def add(places, experiment, folder, unfinished):
+    """Puts runs into the tables of a folder, under the name of an experiment."""
+    if not re.fullmatch("[a-z0-9_]+", experiment):
+        raise BadInput(f"--experiment {experiment}: allowed: small letters, digits and _")
+    runs = []
+    if (folder / "runs.csv").exists():
+        runs = reader.read_tables(folder)
+    before = len(runs)
+    for run in reader.read_runs(places):
+        if not run.finished and not unfinished:
+            print(f"{run.place}: not finished, left out")
+            continue
+        run.experiment = experiment
+        run.name = f"{experiment}/{run.name}"
+        runs.append(run)
+    reader.refuse_doubles(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    reader.write_tables(folder, runs)
+    print(f"{folder}: {len(runs) - before} runs more, {len(runs)} in all")
+
+
+def measure_no_action(envs):
+    """Ten episodes in each context, from where the evaluations of a run with seed 11 start."""
+    rows = []
+    for env in envs:
+        cfg = dmash.quick(env=env, method="dr", seed=11)
+        agent = dmash.new_agent(cfg)
+        d_a = aib_envs.lookup(env).cls.d_a
+        agent.act = lambda s, omega, noisy, d_a=d_a: s.new_zeros(len(s), d_a)
+        for row in dmash.evaluate_sets(agent, cfg, cfg.rollouts):
+            rows.append({"env": env, **{name: row[name] for name in ("set", "index", "return")}})
+    reader.write_table(NO_ACTION, rows)
+
+
+def seed_numbers(words):
+    numbers = []
+    for word in words:
+        ends = re.fullmatch("([0-9]{1,10})(?:-([0-9]{1,10}))?", word)
+        if not ends:
+            raise BadInput(f"--seeds {word}: must be seeds such as 1 2 3, or ranges such as 11-15")
+        low = int(ends[1])
+        high = int(ends[2] or low)
+        if not low <= high < low + 1000:
+            raise BadInput(f"--seeds {word}: must be a rising range of at most 1,000 seeds")
+        numbers += range(low, high + 1)
+    return numbers
+
+
+def plan(envs, methods, seeds, given):
+    """A command per run, seeds outermost, with the settings in `given`, words for dmash.py."""
+    numbers = seed_numbers(seeds)
+    allowed = "allowed: --envs, --methods, --seeds, settings of a run"
+    parsed = vars(dmash.build_parser().parse_args(given))
+    settings = {name: value for name, value in parsed.items() if value not in (None, False)}
+    for name in settings:
+        if name in ("env", "method", "seed") or name not in dmash.Config.__annotations__:
+            raise BadInput(f"{dmash.flag(name)}: not here; {allowed}")
+    for word in given:
+        if "\n" in word:
+            raise BadInput(f"{word!r}: must be one line, as each line is a command")
+    for env, method, seed in itertools.product(envs, methods, (min(numbers), max(numbers))):
+        dmash.Config(env=env, method=method, seed=seed, **settings)
+    if "threads" not in settings:
+        given = [
+            *given,
+            "--threads",
+            "1",
+        ]  # so that several runs at once do not slow each other down
+    lines = []
+    for seed, env, method in itertools.product(*map(dict.fromkeys, (numbers, envs, methods))):
+        words = ["--env", env, "--method", method, "--seed", str(seed), *given, "--go-on"]
+        lines.append(shlex.join(["python", "dmash.py", *words]))
+    print("\n".join(lines))
+
+
+def build_parser():
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = dmash.Parser("compare.py", description=__doc__, **layout)
+    modes = parser.add_subparsers(dest="mode", required=True)
+    runs = {
+        "nargs": "+",
+        "metavar": "RUNS",
+        "help": "run folders, folders of these, or with runs.csv",
+    }
+
+    part = modes.add_parser(
+        "plan", allow_abbrev=False, epilog="and settings: python dmash.py --help"
+    )
+    part.add_argument("--envs", nargs="+", required=True, help="environments")
+    part.add_argument("--methods", nargs="+", required=True, help="methods")
+    part.add_argument("--seeds", nargs="+", required=True, help="seeds, or ranges such as 11-15")
+
+    part = modes.add_parser("add", allow_abbrev=False)
+    part.add_argument("runs", **runs)
+    part.add_argument("--experiment", required=True, help="name of the experiment they belong to")
+    part.add_argument("--unfinished", action="store_true", help="unfinished runs too")
+    part.add_argument("--to", type=Path, default=RESULTS, help="folder of the tables (results)")
+
+    part = modes.add_parser("report", allow_abbrev=False)
+    part.add_argument("runs", **runs)
+    part.add_argument("--experiments", nargs="+", default=[], help="of the tables only these")
+    part.add_argument("--out", type=Path, default=Path("runs/report"), help="folder (%(default)s)")
+    part.add_argument("--into", type=Path, help="a document: write its tables, and no report")
+    part.add_argument("--check", action="store_true", help="with --into: only compare")
+
+    part = modes.add_parser("no-action", allow_abbrev=False)
+    part.add_argument("--envs", nargs="+", required=True, help="environments")
+    return parser
+
+
+def run_command(argv):
+    args, given = build_parser().parse_known_args(argv)
+    if args.mode == "plan":
+        plan(args.envs, args.methods, args.seeds, given)
+    elif given:
+        raise BadInput(f"unrecognized arguments: {' '.join(given)}")
+    elif args.mode == "add":
+        add(args.runs, args.experiment, args.to, args.unfinished)
+    elif args.mode == "no-action":
+        measure_no_action(args.envs)
+    elif args.into:
+        fill(args.runs, args.into, args.check)
+    elif args.check:
+        raise BadInput("--check: only with --into FILE")
+    else:
+        report(args.runs, args.experiments, args.out)
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 0; 2 for bad input or a file that cannot be used, told in one line."""
-    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = Parser("compare.py", description=__doc__, **layout)
-    modes = parser.add_subparsers(dest="mode", required=True, metavar="plan | report")
-    plan = modes.add_parser("plan", allow_abbrev=False, epilog="and settings of a run: python dmash.py --help")
-    for name, about in dict(envs="environments", methods="methods", seeds="seeds, or ranges such as 11-15").items():
-        plan.add_argument(f"--{name}", nargs="+", required=True, help=about)
-    report = modes.add_parser("report", allow_abbrev=False)
-    report.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders that hold some")
-    report.add_argument("--out", default="results/comparison", help="folder to write into (default: %(default)s)")
-    try:
-        args, given = parser.parse_known_args(argv)
-        if args.mode == "plan":
-            for line in commands(args.envs, args.methods, args.seeds, given):
-                print(line)
-        elif given:
-            parser.error(f"unrecognized arguments: {' '.join(given)}")
-        else:
-            write_report(args.runs, Path(args.out))
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # of `| head`; what is left to write must not fail again at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except BadInput as error:
-        message = error
-    except ImportError as error:
-        message = f"plan needs what dmash.py needs ({error})"
-    except OSError as error:
-        message = f"{error.filename or 'output'}: {error.strerror}"
-    print(f"compare.py: error: {message}", file=sys.stderr)
-    return 2
+    """The command line. Returns the exit status."""
+    return dmash.exit_status("compare.py", lambda: run_command(argv))
 
 
 if __name__ == "__main__":

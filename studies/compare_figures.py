@@ -1,95 +1,159 @@
-"""The figures of studies/compare.py; no program. Needs matplotlib."""
+"""The figures of studies/compare.py, a file per environment and setting. Needs matplotlib.
 
-import textwrap
-from itertools import product
+The first column shows learning: the mean of the three sets at each evaluation. The others show the
+return in each context at the last evaluation. Lines are means over seeds, points single seeds. The
+first row holds five methods at most. Each further row holds one other method and, for comparison,
+DMA*-SH. The dashed line is what an agent earns that never acts.
+"""
 
-import aer
+import dataclasses
+import itertools
+import math
+import operator
+
 import numpy as np
 from matplotlib.figure import Figure
+from runs import group
 
-SIGNS = {"action_factor": {1: "normal", -1: "inverted"}, "swap": {0: "normal", 1: "swapped"}}
-SIGNS |= {f"sign_{axis}": {1: f"{axis} normal", -1: f"{axis} inverted"} for axis in "xy"}
-# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow, too pale for lines
-COLOURS = "#D55E00 #CC79A7 #0072B2 #56B4E9 #8C6D1F #009E73 #E69F00 #000000".split()
+OURS = "DMA*-SH"
+LOOKS = {  # colours that the colour-blind can tell apart; marker and line tell them apart in grey
+    OURS: ("#D55E00", "o", "solid"),
+    "DMA*": ("#0072B2", "s", (0, (6, 2))),
+    "Concat": ("#E69F00", "^", "dashdot"),
+    "DA": ("#009E73", "D", (0, (3, 1, 1, 1))),
+    "DR": ("#CC79A7", "v", "dotted"),
+    "no action": ("0.35", "", "dashed"),
+}
+OTHER = ("black", "X", "solid")
+WORDS = {
+    ("action_factor", 1): "not inverted",
+    ("action_factor", -1): "inverted",
+    ("swap", 0): "not swapped",
+    ("swap", 1): "swapped",
+}
 
 
 def style(label):
-    """Colour, marker and line of a method, the same in all figures; the last two tell it in grey. A method that is not
-    in the table is grey."""
-    i = aer.rank(label.split(",")[0], aer.METHODS)[0]
-    first = dict(linewidth=2.2, zorder=3) if i == 0 else dict(linewidth=1.3)
-    line, marker = ("-", "--", "-.", ":")[(i + i // 8) % 4], "osD^vP*Xphd<>H8.1234x+|_"[i]
-    return first | dict(
-        color=COLOURS[i % 8] if i < len(aer.METHODS) else "0.6",
-        marker=marker,
-        markersize=4,
-        linestyle=line,
-        label=label,
-    )
+    color, marker, linestyle = LOOKS.get(label, OTHER)
+    return {"color": color, "marker": marker, "linestyle": linestyle, "label": label}
 
 
-def curves(blocks):
-    """Interquartile mean over seeds of the mean of the three sets, with its interval, against gradient steps."""
-    rows = -(-len(blocks) // 3)
-    columns = -(-len(blocks) // rows)
-    figure = Figure(figsize=(1 + 4.5 * columns, 1 + 3.2 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for ax, (title, block) in zip(axes, blocks.items()):
-        for label, runs in aer.rows_of(block).items():
-            means = [{row["step"]: row["mean"] for row in run.metrics} for run in runs]
-            steps = sorted(set.intersection(*map(set, means)))
-            middle, *ends = zip(*(aer.estimate(aer.iqm, [np.array([mean[s] for mean in means])]) for s in steps))
-            ax.plot(steps, middle, markevery=-(-len(steps) // 10), **style(label))
-            ax.fill_between(steps, *ends, color=style(label)["color"], alpha=0.15, linewidth=0)
-        ax.set(xlabel="gradient steps", ylabel="return, mean of the three sets")
-        ax.locator_params(axis="x", nbins=5)
-        ax.set_title(textwrap.fill(title, 50), fontsize="medium")
-    for ax in axes[len(blocks) :]:
-        ax.remove()
-    return with_legend(figure)
+def all_of(blocks, nothing):
+    """Names and figures. `nothing(env)` gives the returns without action by set and index."""
+    names = []
+    for arms in blocks.values():
+        first = next(iter(arms.values()))[0]
+        name = first.env.replace(":", ".")
+        names.append(name)
+        if names.count(name) > 1:
+            name += f"_{names.count(name)}"
+        idle = without_action(first, nothing(first.env))
+        columns = contexts(first)
+        yield name, drawn(arms, idle, [learning(), *columns])
+        few = {label: arms[label] for label in (OURS, "DMA*", "Concat", "DR") if label in arms}
+        if name == "cartpole_inv" and few:
+            yield "pole_length", drawn(few, idle, columns)
 
 
-def contexts(title, block):
-    """Return in each context at the last evaluation, mean over seeds: against each context value; for ode and from
-    three dimensions on, the distance from the centre of the values trained on, 1 at their ends; where there are only
-    signs, the place in the set. Signs apart, what was trained on grey."""
-    names = [name for name in block[0].contexts[0] if name not in ("step", "set", "index", "return", "diverged")]
-    signs, graded = [name for name in names if name in SIGNS], [name for name in names if name not in SIGNS]
-    trained = {name: [row[name] for row in block[0].contexts if row["set"] == "train"] for name in graded}
-    ends = {name: (min(values), max(values)) for name, values in trained.items()}
+def without_action(run, nothing):
+    """A run with the same contexts and steps in which nothing acts; none where it is not known."""
+    if not nothing:
+        return []
+    mean = np.mean(list(nothing.values()))
+    metrics = [{**row, "mean": mean} for row in run.metrics]
+    contexts = []
+    for row in run.contexts:
+        earned = nothing.get((row["set"], row["index"]), math.nan)
+        contexts.append({**row, "return": earned})
+    return [dataclasses.replace(run, metrics=metrics, contexts=contexts)]
+
+
+def learning():
+    """A column: title, label of its axis, points of a run, trained range, parts of its lines."""
+
+    def points(run):
+        return [(row["step"], row["mean"]) for row in run.metrics]
+
+    return "mean of the three sets", "gradient steps", points, None, 1000
+
+
+def contexts(run):
+    """A column for each combination of signs and each place on the horizontal axis.
+
+    A context with two values is a sign. The place is the value of another context. With more than
+    two of these, and in the ODE, it is the distance from the centre of the trained range, which
+    ends at 1.
+    """
+    values = {}
+    for name in run.contexts[0]:
+        if name not in ("set", "index", "return", "diverged"):
+            values[name] = {row[name] for row in run.contexts}
+    signs = [name for name in values if len(values[name]) <= 2]
+    ends = {}
+    for name in values:
+        if name not in signs:
+            trained = [row[name] for row in run.contexts if row["set"] == "train"]
+            ends[name] = min(trained), max(trained)
 
     def distance(row):
-        return max(abs(2 * row[name] - low - high) / (high - low or 1) for name, (low, high) in ends.items())
+        return max(abs(2 * row[x] - low - high) / (high - low) for x, (low, high) in ends.items())
 
-    places = {name: (lambda row, name=name: row[name], ends[name]) for name in graded}
-    if len(graded) > 2 or block[0].env.startswith("ode"):
-        places = {"distance from the centre": (distance, (0, 1))}
-    if not graded:
-        places = {"place in the set": (lambda row: row["index"], (0, 0))}
-    panels = list(product(product(*(SIGNS[name] for name in signs)), places))
-    figure = Figure(figsize=(1 + 4.5 * len(panels), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharex=len(places) == 1, sharey=True, squeeze=False)[0]
-    for ax, (values, name) in zip(axes, panels):
-        place, shaded = places[name]
-        for label, runs in aer.rows_of(block).items():
-            found = [row for run in runs for row in run.contexts if all(row[s] == v for s, v in zip(signs, values))]
-            points = aer.group(found, lambda row: (place(row), row["set"], row["index"]))
-            points = [(key[0], np.mean([row["return"] for row in points[key]])) for key in sorted(points)]
-            look = style(label) | ({} if len(graded) == 1 else {"linestyle": ""})  # else what differs in the rest jumps
-            ax.plot(*zip(*points), alpha=0.8, **look)
-        ax.axvspan(*shaded, color="0.92", zorder=0)
-        ax.set(xlabel=name, title=", ".join(SIGNS[s][v] for s, v in zip(signs, values)))
-    axes[0].set_ylabel("return at the last evaluation")
-    figure.suptitle(textwrap.fill(title, 50 * len(panels)))
-    return with_legend(figure)
+    places = [(name, operator.itemgetter(name), ends[name]) for name in ends]
+    if len(ends) > 2 or run.env.startswith("ode"):
+        places = [("distance from the centre", distance, (0, 1))]
+    if not ends:
+        places = [("number in its set", operator.itemgetter("index"), None)]
+    kinds = sorted({tuple(row[name] for name in signs) for row in run.contexts}, reverse=True)
+    columns = []
+    for kind, (label, place, trained) in itertools.product(kinds, places):
+        title = ", ".join(WORDS.get(pair, f"{pair[0]} {pair[1]:g}") for pair in zip(signs, kind))
+        columns.append((title, label, points_of(signs, kind, place), trained, 20))
+    return columns
 
 
-def with_legend(figure):
-    """One legend below all panels, each method once; returns from 0 on, lest differences look larger than they are."""
-    lines = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels())}
-    labels = sorted(lines, key=lambda label: aer.rank(label.split(",")[0], aer.METHODS))
-    place = dict(loc="outside lower center", ncols=max(3, int(figure.get_figwidth() / 1.9)), handlelength=3)
-    figure.legend([lines[label] for label in labels], labels, **place)
-    for ax in figure.axes:
-        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+def points_of(signs, kind, place):
+    def points(run):
+        rows = [row for row in run.contexts if tuple(row[name] for name in signs) == kind]
+        return [(place(row), row["return"]) for row in rows]
+
+    return points
+
+
+def drawn(arms, idle, columns):
+    rows = [[label for label in arms if label in LOOKS]]
+    rows += [[OURS, label] for label in arms if label not in LOOKS]
+    heights = [2.2] + [1] * (len(rows) - 1)
+    figure = Figure(figsize=(3.8 * len(columns), 1.7 * sum(heights) + 0.9), layout="constrained")
+    shape = {"squeeze": False, "height_ratios": heights}
+    axes = figure.subplots(len(rows), len(columns), sharex="col", sharey=True, **shape)
+    for row, labels in zip(axes, rows):
+        row[0].set_ylabel("return")
+        for ax, (title, _, points, trained, parts) in zip(row, columns):
+            ax.set_title(title if labels is rows[0] else labels[-1], fontsize="medium")
+            for label in labels:
+                draw(ax, arms.get(label, []), points, parts, style(label))
+            draw(ax, idle, points, parts, style("no action"))
+            if trained:
+                ax.axvspan(*trained, color="0.93", zorder=0)
+                ax.text(sum(trained) / 2, 0, "trained", color="0.35", ha="center", va="bottom")
+    axes[0][0].set_ylim(bottom=0)
+    for ax, (_, label, *_) in zip(axes[-1], columns):
+        ax.set_xlabel(label)
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=6, handlelength=3)
     return figure
+
+
+def draw(ax, runs, points_of_run, parts, look):
+    """Each point of each run, and a line through the means in so many equal parts of the axis."""
+    points = [point for run in runs for point in points_of_run(run)]
+    if not points:
+        return
+    lowest = min(x for x, _ in points)
+    width = (max(x for x, _ in points) - lowest) / parts or 1
+    near = group(sorted(points), lambda point: round((point[0] - lowest) / width))
+    means = [np.mean(of, axis=0) for of in near.values()]
+    ax.plot(*zip(*means), **look, markersize=5, markevery=max(1, len(means) // 8))
+    if look["marker"]:
+        single = {**look, "linestyle": "", "label": "_"}
+        ax.plot(*zip(*points), **single, markersize=2.5, alpha=0.4, markeredgewidth=0)

@@ -1,0 +1,355 @@
+"""Which runs are there? The reader of runs for all studies. It checks what it reads.
+
+A run is read from its folder (config.json, metrics.csv, per_context.csv), or from the three tables
+that studies/compare.py keeps in results/:
+
+    runs.csv            a row per run: its name, its experiment, its settings, its versions
+    metrics.csv         a row per run and evaluation
+    contexts.csv.gz     a row per run and context: the returns of the last evaluation
+
+An error is one line that names the file and the line in it.
+"""
+
+import csv
+import gzip
+import io
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import aib_envs  # noqa: E402
+import dmash  # noqa: E402
+from dmash import SETS, BadInput  # noqa: E402
+
+SCORES = ("mean", *SETS)  # the mean is that of the three sets
+VERSIONS = ("version", "torch", "numpy", "mujoco", "gymnasium")
+UNTOLD = ("env", "method", "seed", "out")  # of config.json, these are no settings of a run
+TECHNICAL = ("threads", "device", "snapshots")  # runs that differ in these alone are compared
+TABLES = ("runs.csv", "metrics.csv", "contexts.csv.gz")
+
+
+@dataclass
+class Run:
+    name: str  # of its folder; in the tables its experiment stands before it
+    experiment: str
+    env: str
+    method: str
+    seed: int
+    settings: dict  # texts by name; a setting that is off is not there
+    versions: dict  # texts by name
+    metrics: list  # a dict of numbers per evaluation
+    contexts: list  # a dict per context of the last evaluation, if the run is finished
+    place: Path
+
+    @property
+    def steps(self):
+        return int(self.settings["steps"])
+
+    @property
+    def finished(self):
+        """At its last step, with the returns of all contexts kept."""
+        return bool(self.contexts)
+
+    @property
+    def at_end(self):
+        return bool(self.metrics) and self.metrics[-1]["step"] == self.steps
+
+    @property
+    def label(self):
+        """The method's name in the paper, with the mask if it is not the method's own."""
+        name = paper_name(self.method)
+        mask = float(self.settings.get("mask", 0))
+        if self.method in dmash.METHODS and mask != dmash.METHODS[self.method].mask:
+            name += f", mask {mask:g}"
+        return name
+
+    @property
+    def departures(self):
+        """What studies/departures.py changed, or an empty text."""
+        return self.settings.get("departures", "")
+
+    @property
+    def arm(self):
+        return ", ".join(filter(None, [self.label, self.departures]))
+
+    @property
+    def compared(self):
+        """The settings that runs must have in common to be compared, as sorted pairs.
+
+        A replay that the run cannot fill forgets nothing. Its size makes no difference.
+        """
+        apart = ["mask", "departures", *TECHNICAL]  # mask and departures are told by `arm`
+        rows = 2 * (self.steps + float(self.settings.get("random_steps", 0)))
+        if float(self.settings.get("buffer", 0)) >= rows:
+            apart.append("buffer")
+        pairs = [(name, text) for name, text in self.settings.items() if name not in apart]
+        return tuple(sorted(pairs))
+
+    def last(self, score):
+        return self.metrics[-1][score]
+
+
+def paper_name(method):
+    known = dmash.METHODS.get(method)
+    if known is None or known.paper == "ablation":
+        return method
+    return known.paper
+
+
+def rank(run):
+    """The order of runs in tables and figures: environments and methods as in their own tables."""
+    env = place(run.env, aib_envs.ENVS)
+    return (*env, run.compared, *arm_rank(run), run.seed, run.name)
+
+
+def arm_rank(run):
+    return (run.departures, *place(run.method, dmash.METHODS), run.arm)
+
+
+def place(name, table):
+    """To sort by: the place of a name in a table, or after all of these."""
+    if name in table:
+        return list(table).index(name), name
+    return len(table), name
+
+
+def group(items, key):
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def distinct(places):
+    """The places as paths, in order; refused if one stands twice."""
+    seen = {}
+    for place in map(Path, places):
+        same = place.resolve()
+        if same in seen:
+            raise BadInput(f"{place}: given twice")
+        seen[same] = place
+    return list(seen.values())
+
+
+# ---- One file ----------------------------------------------------------------------------------
+
+
+def read_table(path, numbers, texts=("set",), key=("step",)):
+    """The rows of a CSV file as dicts, without empty cells.
+
+    Columns in `texts` stay text, or all with `texts=None`. The others hold numbers. Those in
+    `numbers` must be there and finite. No two rows have the same `key`. Its last column rises from
+    row to row while the others stay.
+    """
+    line, rows, seen, before = 1, [], set(), None
+    try:
+        text = read_text(Path(path))
+        if not text.endswith("\n"):
+            raise ValueError("the last line is torn, or there is none")
+        reader = csv.reader(io.StringIO(text, newline=""))
+        head = next(reader)
+        absent = [name for name in (*key, *numbers) if name not in head]
+        if absent:
+            raise ValueError(f"no column {absent[0]}")
+        if len(set(head)) < len(head):
+            raise ValueError("a column stands twice")
+        for cells in reader:
+            line = reader.line_num
+            row = checked_row(head, cells, numbers, texts)
+            now = tuple(row.get(name) for name in key)
+            if key and now in seen:
+                raise ValueError(f"{described(key, now)} stands twice")
+            if key and before is not None and before[:-1] == now[:-1] and before[-1] > now[-1]:
+                raise ValueError(f"{described(key, now)} stands after {described(key, before)}")
+            seen.add(now)
+            before = now
+            rows.append(row)
+    except (ValueError, csv.Error, EOFError, gzip.BadGzipFile) as error:
+        raise BadInput(f"{path}, line {line}: {dmash.one_line(error)}") from None
+    return rows
+
+
+def read_text(path):
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    return data.decode()
+
+
+def checked_row(head, cells, numbers, texts):
+    if len(cells) != len(head):
+        raise ValueError(f"{len(cells)} cells under {len(head)} columns")
+    row = {}
+    for name, cell in zip(head, cells):
+        if texts is None or name in texts:
+            row[name] = cell
+        elif cell:
+            row[name] = float(cell)
+    for name in numbers:
+        if not math.isfinite(row.get(name, math.nan)):
+            raise ValueError(f"{name} is no finite number")
+    return row
+
+
+def described(key, values):
+    return ", ".join(f"{name} {as_text(value)}" for name, value in zip(key, values))
+
+
+# ---- Run folders -------------------------------------------------------------------------------
+
+
+def read_runs(places, experiments=()):
+    """All runs in the places, in an order that does not depend on theirs.
+
+    A place is a folder with the three tables, a run folder, or a folder that holds some. Of the
+    tables, only `experiments` are read, if any are named.
+    """
+    runs = []
+    for place in distinct(places):
+        if (place / TABLES[0]).exists():
+            runs += read_tables(place, experiments)
+        else:
+            files = sorted(place.rglob("config.json"))
+            if not files:
+                raise BadInput(f"{place}: no run there; allowed: folders of runs, or with runs.csv")
+            runs += [read_run(file.parent) for file in files]
+    refuse_doubles(runs)
+    return sorted(runs, key=rank)
+
+
+def refuse_doubles(runs):
+    seen = {}
+    for run in runs:
+        same = (run.env, run.method, run.arm, run.seed, run.compared)
+        if same in seen:
+            raise BadInput(f"{run.place}, {run.name}: the same run as {seen[same].name}")
+        seen[same] = run
+
+
+def read_run(folder):
+    """The run in a folder. Before its first evaluation it has no tables."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for name, kind in (("env", str), ("method", str), ("seed", int), ("steps", int)):
+            if type(config.get(name)) is not kind:
+                raise ValueError(f"{name} is {config.get(name)!r}")
+        texts = {name: as_text(value) for name, value in config.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path}: {dmash.one_line(error)}") from None
+    name = os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace")
+    metrics = []
+    if (folder / "metrics.csv").exists():
+        metrics = read_table(folder / "metrics.csv", ("step", "seconds", *SETS))
+    run = new_run(name, "", config["seed"], texts, metrics, [], folder)
+    if run.at_end:
+        key = ("step", "set", "index")
+        contexts = read_table(folder / "per_context.csv", ("step", "index", "return"), key=key)
+        for row in contexts:
+            if row.pop("step") == run.steps:
+                run.contexts.append(row)
+        check_contexts(run, folder / "per_context.csv")
+    return run
+
+
+def as_text(value):
+    """A setting as text: the same for 1e-3 and .001, and empty for None and for off."""
+    if isinstance(value, str):
+        return value
+    if value is None or value is False:
+        return ""
+    if type(value) in (int, float):
+        return f"{value:.12g}"
+    return json.dumps(value, sort_keys=True)
+
+
+def new_run(name, experiment, seed, texts, metrics, contexts, place):
+    apart = (*UNTOLD, *VERSIONS, "run", "experiment")
+    settings = {key: text for key, text in texts.items() if text and key not in apart}
+    versions = {key: texts.get(key) or "unknown" for key in VERSIONS}
+    for row in metrics:
+        row["mean"] = sum(row[key] for key in SETS) / len(SETS)
+    ids = (name, experiment, texts["env"], texts["method"], int(seed))
+    return Run(*ids, settings, versions, metrics, contexts, place)
+
+
+def check_contexts(run, path):
+    """The last evaluation has all contexts, numbered from 0, with the means of metrics.csv."""
+    sets = group(run.contexts, lambda row: row["set"])
+    if set(sets) != set(SETS):
+        raise BadInput(f"{path}: {run.name}: not all of {', '.join(SETS)} at step {run.steps}")
+    for name in SETS:
+        indices = [row["index"] for row in sets[name]]
+        if indices != list(range(len(sets["train"]))):
+            raise BadInput(
+                f"{path}: {run.name}: a context of {name} is missing at step {run.steps}"
+            )
+        mean = sum(row["return"] for row in sets[name]) / len(indices)
+        if not math.isclose(mean, run.last(name), rel_tol=1e-4, abs_tol=1e-4):
+            raise BadInput(f"{path}: {run.name}: the mean of {name} is not that of metrics.csv")
+
+
+# ---- The three tables --------------------------------------------------------------------------
+
+
+def read_tables(folder, experiments=()):
+    paths = [folder / name for name in TABLES]
+    rows = read_table(paths[0], (), texts=None, key=("run",))
+    known = {row["experiment"] for row in rows}
+    for name in experiments:
+        if name not in known:
+            raise BadInput(f"{paths[0]}: no experiment {name!r}; known: {', '.join(sorted(known))}")
+    numbers = ("step", "seconds", *SETS)
+    metrics = read_table(paths[1], numbers, texts=("run",), key=("run", "step"))
+    metrics = group(metrics, lambda row: row.pop("run"))
+    key = ("run", "set", "index")
+    contexts = read_table(paths[2], ("index", "return"), texts=("run", "set"), key=key)
+    contexts = group(contexts, lambda row: row.pop("run"))
+    runs = []
+    for row in rows:
+        name = row["run"]
+        of_run = metrics.get(name, []), contexts.get(name, [])
+        run = new_run(name, row["experiment"], row["seed"], row, *of_run, folder)
+        if run.finished:
+            check_contexts(run, paths[2])
+        if not experiments or run.experiment in experiments:
+            runs.append(run)
+    return runs
+
+
+def write_tables(folder, runs):
+    """Writes the three tables; the same runs give the same bytes."""
+    runs = sorted(runs, key=lambda run: run.name)
+    tables = [[], [], []]
+    for run in runs:
+        ids = {"run": run.name, "experiment": run.experiment, "env": run.env, "method": run.method}
+        tables[0].append(ids | {"seed": run.seed} | run.settings | run.versions)
+        for row in run.metrics:
+            metrics = {name: plain(value) for name, value in row.items() if name != "mean"}
+            tables[1].append({"run": run.name} | metrics)
+        for row in run.contexts:
+            tables[2].append(
+                {"run": run.name} | {name: plain(value) for name, value in row.items()}
+            )
+    for name, rows in zip(TABLES, tables):
+        write_table(folder / name, rows)
+
+
+def write_table(path, rows):
+    columns = dict.fromkeys(column for row in rows for column in row)
+    text = dmash.csv_text([{column: row.get(column, "") for column in columns} for row in rows])
+    data = text.encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data, mtime=0)
+    dmash.replace_file(path, lambda file: file.write(data))
+
+
+def plain(value):
+    """A whole number as an integer, of which all digits are written."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
