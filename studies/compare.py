@@ -524,7 +524,7 @@ def report(places, experiments, out):
         print(f"no figures are drawn ({error})")
     else:
         for name, drawing in compare_figures.all_of(blocks_of(runs), returns_without_action):
-            drawing.savefig(out / f"{name}.png", dpi=90)
+            drawing.savefig(out / f"{name}.png", dpi=75)
             count += 1
     print(f"{out}: report.md of {len(runs)} runs, {count} figures")
 
@@ -552,7 +552,7 @@ def fill(places, document, check):
         if unknown:
             raise BadInput(f"{document}: no experiment {min(unknown)!r}")
         made = MAKERS[name]([run for run in runs if run.experiment in wanted])
-        return f"{begin}{made}{end}"
+        return f"{begin}\n{made}\n{end}"
 
     filled = re.sub(pattern, new, text, flags=re.DOTALL)
     if check and filled != text:
