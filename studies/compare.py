@@ -26,6 +26,7 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import re
 import shlex
 import sys
@@ -41,7 +42,7 @@ OURS = "dma_star_sh"
 FEWEST = 5  # seeds a side, for a verdict
 LEVEL = 0.05  # of Holm's p, for a verdict
 FEWEST_OF_INTERVAL = 3
-MOST_SPLITS = 1_000_000
+MOST_SPLITS = 5_000_000  # of an exact p
 SHORT = {"mean": "mean of the sets", "eval_out": "extrapolation"}
 
 # ---- Statistics --------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def contrast(weights, samples):
 def permutation_p(x, y):
     """Exact and two-sided: of all splits in two, the share with means at least as far apart.
 
-    It is nan where there are more than a million splits.
+    It is nan where there are more than MOST_SPLITS of them.
     """
     values = np.concatenate([x, y])
     size = min(len(x), len(y))
@@ -184,9 +185,15 @@ def largest(env):
 def table(head, rows):
     lines = []
     for row in [head, ["---"] * len(head), *rows]:
-        cells = [" ".join(str(cell).split()).replace("|", "\\|") for cell in row]
+        cells = [printable(cell).replace("|", "\\|") for cell in row]
         lines.append(f"| {' | '.join(cells)} |\n")
     return "".join(lines)
+
+
+def printable(value):
+    """A value in one line of letters that any file can hold and any terminal can show."""
+    text = " ".join(str(value).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def figure(value, digits, sign=""):
@@ -343,12 +350,15 @@ def claims_table(score):
             row = [claim, title, setting, f"{len(better)}, {len(worse)}"]
             row += difference_cells(better, worse, score)
             rows.append([*row, "–", "too few seeds"])
-            p = permutation_p(scores(better, score), scores(worse, score))
-            if min(len(better), len(worse)) >= FEWEST and not math.isnan(p):
-                tested.append(
-                    (rows[-1], np.mean(scores(better, score)) - np.mean(scores(worse, score)))
-                )
-                ps.append(p)
+            if min(len(better), len(worse)) < FEWEST:
+                continue
+            x, y = scores(better, score), scores(worse, score)
+            p = permutation_p(x, y)
+            if math.isnan(p):
+                rows[-1][-1] = "too many seeds for an exact p"
+                continue
+            tested.append((rows[-1], np.mean(x) - np.mean(y)))
+            ps.append(p)
         for (row, difference), p in zip(tested, holm(ps)):
             row[-2:] = [p_text(p), verdict(difference, p)]
         rows.sort(key=lambda row: [claim for claim, *_ in CLAIMS + INTO_ETA].index(row[0]))
@@ -504,7 +514,7 @@ optimistic.
 
 def report_text(runs):
     versions = group(runs, lambda run: run.versions["version"])
-    versions = ", ".join(f"{version} ({len(of)})" for version, of in sorted(versions.items()))
+    versions = ", ".join(f"{printable(name)} ({len(of)})" for name, of in sorted(versions.items()))
     done = sum(run.finished for run in runs)
     parts = [INTRO, f"{len(runs)} runs, {done} of them finished. Versions: {versions}.\n"]
     for name, make in MAKERS.items():
@@ -516,7 +526,7 @@ def report(places, experiments, out):
     runs = reader.read_runs(places, experiments)
     text = report_text(runs)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_bytes(text.encode("utf-8", "backslashreplace"))
+    (out / "report.md").write_text(text, encoding="utf-8")
     count = 0
     try:
         import compare_figures
@@ -634,7 +644,10 @@ def plan(envs, methods, seeds, given):
     for seed, env, method in itertools.product(*map(dict.fromkeys, (numbers, envs, methods))):
         words = ["--env", env, "--method", method, "--seed", str(seed), *given, "--go-on"]
         lines.append(shlex.join(["python", "dmash.py", *words]))
-    print("\n".join(lines))
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # of `| head`: what is left to write must not fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser():

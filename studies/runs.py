@@ -279,6 +279,8 @@ def new_run(name, experiment, seed, texts, metrics, contexts, place):
 
 def check_contexts(run, path):
     """The last evaluation has all contexts, numbered from 0, with the means of metrics.csv."""
+    if not run.at_end:
+        raise BadInput(f"{path}: {run.name}: contexts, but no evaluation at step {run.steps}")
     sets = group(run.contexts, lambda row: row["set"])
     if set(sets) != set(SETS):
         raise BadInput(f"{path}: {run.name}: not all of {', '.join(SETS)} at step {run.steps}")
@@ -309,6 +311,9 @@ def read_tables(folder, experiments=()):
     key = ("run", "set", "index")
     contexts = read_table(paths[2], ("index", "return"), texts=("run", "set"), key=key)
     contexts = group(contexts, lambda row: row.pop("run"))
+    unknown = {*metrics, *contexts} - {row["run"] for row in rows}
+    if unknown:
+        raise BadInput(f"{paths[0]}: no run {min(unknown)!r}, which is in another table")
     runs = []
     for row in rows:
         name = row["run"]
