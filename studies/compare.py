@@ -26,7 +26,6 @@ import argparse
 import functools
 import itertools
 import math
-import os
 import re
 import shlex
 import sys
@@ -644,10 +643,7 @@ def plan(envs, methods, seeds, given):
     for seed, env, method in itertools.product(*map(dict.fromkeys, (numbers, envs, methods))):
         words = ["--env", env, "--method", method, "--seed", str(seed), *given, "--go-on"]
         lines.append(shlex.join(["python", "dmash.py", *words]))
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # of `| head`: what is left to write must not fail again at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(lines))
 
 
 def build_parser():

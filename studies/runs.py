@@ -350,7 +350,9 @@ def write_table(path, rows):
     data = text.encode()
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
-    dmash.replace_file(path, lambda file: file.write(data))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def plain(value):

@@ -185,7 +185,7 @@ def test_plan_is_worked_through_by_xargs_and_line_by_line(tmp_path, capsys):
         ("--envs ode --methods dr --seeds 1-4000000000", "--seeds 1-4000000000: must be"),
         ("--envs ode --methods dr --seeds 4294967296", "--seed 4294967296: must be"),
         ("--envs ode --methods dr --seeds 1 --steps many", "--steps"),
-        ("--envs ode --methods dr concat --seeds 1 --mask .3", "--mask 0.3: dr has no encoder"),
+        ("--envs ode --methods dr concat --seeds 1 --mask .3", "dr has no encoder"),
         ("--envs ode --methods dr --seeds 1 --stepss 3", "unrecognized arguments: --stepss 3"),
         ("--envs ode --methods dr --seeds 1 --seed 3", "--seed: not here; allowed:"),
         ("--envs ode --methods dr --seeds 1 --resume x", "--resume: not here; allowed:"),
