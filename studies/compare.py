@@ -23,12 +23,12 @@ writes results/no_action.csv: what an agent earns that never acts. The report ta
 """
 
 import argparse
-import functools
 import itertools
 import math
 import re
 import shlex
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +153,7 @@ def departures_in(arms):
     return sorted({of[0].departures for of in arms.values()})
 
 
-@functools.cache
+@cache
 def returns_without_action(env):
     """By set and index of the context; empty where they were not measured."""
     key = ("env", "set", "index")
@@ -225,29 +225,25 @@ def p_text(p):
     return f"{p:.3f}"
 
 
-def returns_table(score):
-    """A function of runs: a row per arm, a column per environment and setting."""
-
-    def make(runs):
-        blocks = blocks_of(runs)
-        arms = dict.fromkeys(run.arm for run in sorted(runs, key=reader.arm_rank))
-        rows = [["no action"], ["largest possible"]]
+def returns_table(runs, score):
+    """A row per arm, a column per environment and setting."""
+    blocks = blocks_of(runs)
+    arms = dict.fromkeys(run.arm for run in sorted(runs, key=reader.arm_rank))
+    rows = [["no action"], ["largest possible"]]
+    for arms_here in blocks.values():
+        env = env_of(arms_here)
+        rows[0].append(figure(no_action(env, score), digits_of(env)))
+        rows[1].append(largest(env) or "–")
+    for arm in arms:
+        rows.append([arm])
         for arms_here in blocks.values():
-            env = env_of(arms_here)
-            rows[0].append(figure(no_action(env, score), digits_of(env)))
-            rows[1].append(largest(env) or "–")
-        for arm in arms:
-            rows.append([arm])
-            for arms_here in blocks.values():
-                done = arms_here.get(arm, [])
-                text = "not run"
-                if done:
-                    estimate = contrast([1], [scores(done, score)])
-                    text = f"{cell(estimate, digits_of(done[0].env))} ({len(done)})"
-                rows[-1].append(text)
-        return table(["method", *blocks], rows)
-
-    return make
+            done = arms_here.get(arm, [])
+            text = "not run"
+            if done:
+                estimate = contrast([1], [scores(done, score)])
+                text = f"{cell(estimate, digits_of(done[0].env))} ({len(done)})"
+            rows[-1].append(text)
+    return table(["method", *blocks], rows)
 
 
 def difference_cells(ours, others, score):
@@ -337,46 +333,30 @@ def verdict(difference, p):
     return "against it"
 
 
-def claims_table(score):
-    """A function of runs: a row per claim and block; p corrected for all rows with enough seeds."""
-
-    def make(runs):
-        rows, tested, ps = [], [], []
-        for claim, title, better, worse in claims_in(runs):
-            if not better or not worse:
-                continue
-            setting = ", ".join(filter(None, [setting_of(better[0]), better[0].departures]))
-            row = [claim, title, setting, f"{len(better)}, {len(worse)}"]
-            row += difference_cells(better, worse, score)
-            rows.append([*row, "–", "too few seeds"])
-            if min(len(better), len(worse)) < FEWEST:
-                continue
-            x, y = scores(better, score), scores(worse, score)
-            p = permutation_p(x, y)
-            if math.isnan(p):
-                rows[-1][-1] = "too many seeds for an exact p"
-                continue
-            tested.append((rows[-1], np.mean(x) - np.mean(y)))
-            ps.append(p)
-        for (row, difference), p in zip(tested, holm(ps)):
-            row[-2:] = [p_text(p), verdict(difference, p)]
-        rows.sort(key=lambda row: [claim for claim, *_ in CLAIMS + INTO_ETA].index(row[0]))
-        head = ["the paper says", "environment", "setting", "seeds", "difference", "p", "Holm's p"]
-        return table([*head, "verdict"], rows)
-
-    return make
-
-
-def scaled(runs, score):
-    """Returns with no action as 0 and the largest possible as 1."""
-    nothing = no_action(runs[0].env, score)
-    return (scores(runs, score) - nothing) / (largest(runs[0].env) - nothing)
-
-
-def mean_difference(pairs):
-    """The mean over environments, of equal weight, of the differences of two samples each."""
-    weights = [1 / len(pairs), -1 / len(pairs)] * len(pairs)
-    return contrast(weights, [sample for pair in pairs for sample in pair])
+def claims_table(runs, score):
+    """A row per claim and block; p corrected for all rows with enough seeds."""
+    rows, tested, ps = [], [], []
+    for claim, title, better, worse in claims_in(runs):
+        if not better or not worse:
+            continue
+        setting = ", ".join(filter(None, [setting_of(better[0]), better[0].departures]))
+        row = [claim, title, setting, f"{len(better)}, {len(worse)}"]
+        row += difference_cells(better, worse, score)
+        rows.append([*row, "–", "too few seeds"])
+        if min(len(better), len(worse)) < FEWEST:
+            continue
+        x, y = scores(better, score), scores(worse, score)
+        p = permutation_p(x, y)
+        if math.isnan(p):
+            rows[-1][-1] = "too many seeds for an exact p"
+            continue
+        tested.append((rows[-1], np.mean(x) - np.mean(y)))
+        ps.append(p)
+    for (row, difference), p in zip(tested, holm(ps)):
+        row[-2:] = [p_text(p), verdict(difference, p)]
+    rows.sort(key=lambda row: [claim for claim, *_ in CLAIMS + INTO_ETA].index(row[0]))
+    head = ["the paper says", "environment", "setting", "seeds", "difference", "p", "Holm's p"]
+    return table([*head, "verdict"], rows)
 
 
 def samples(runs):
@@ -400,15 +380,16 @@ def samples(runs):
     return found
 
 
-def kinds(envs):
-    """The environments, all together and by whether one policy can do well in all contexts."""
-    apart = group(envs, lambda env: aib_envs.ENVS[env].kind == aib_envs.OVER)
-    named = {
-        "all": envs,
-        "not overlapping": apart.get(False, []),
-        "overlapping": apart.get(True, []),
-    }
-    return {kind: of for kind, of in named.items() if len(of) > 1}
+def scaled(runs, score):
+    """Returns with no action as 0 and the largest possible as 1."""
+    nothing = no_action(runs[0].env, score)
+    return (scores(runs, score) - nothing) / (largest(runs[0].env) - nothing)
+
+
+def mean_difference(pairs):
+    """The mean over environments, of equal weight, of the differences of two samples each."""
+    weights = [1 / len(pairs), -1 / len(pairs)] * len(pairs)
+    return contrast(weights, [sample for pair in pairs for sample in pair])
 
 
 def aggregates_table(runs):
@@ -421,12 +402,11 @@ def aggregates_table(runs):
                 ours = find(arms, OURS, departures)
                 if ours and arm in arms and ours is not arms[arm]:
                     pairs[env] = ours, arms[arm]
-            for score, (kind, of_kind) in itertools.product(
-                ("mean", "eval_out"), kinds(list(pairs)).items()
-            ):
-                of = {env: [scaled(side, score) for side in pairs[env]] for env in of_kind}
-                row = [arm, SHORT.get(score, score), f"{kind} ({len(of)})"]
-                row.append(cell(mean_difference(of.values()), 3, "+"))
+            if len(pairs) < 2:
+                continue
+            for score in ("mean", "eval_out"):
+                of = {env: [scaled(side, score) for side in pair] for env, pair in pairs.items()}
+                row = [arm, SHORT[score], len(of), cell(mean_difference(of.values()), 3, "+")]
                 rows.append([*row, *leaving_one_out(of), figure(mean_probability(of.values()), 2)])
     head = ["DMA*-SH minus", "score", "environments", "difference", "lowest, leaving one out"]
     return table([*head, "highest", "probability of improvement"], rows)
@@ -486,11 +466,11 @@ def published_table(runs):
 
 
 MAKERS = {
-    "table 1": returns_table("mean"),
-    "table 2": returns_table("eval_out"),
+    "table 1": partial(returns_table, score="mean"),
+    "table 2": partial(returns_table, score="eval_out"),
     "table 3": differences_table,
-    "claims": claims_table("mean"),
-    "claims, extrapolation": claims_table("eval_out"),
+    "claims": partial(claims_table, score="mean"),
+    "claims, extrapolation": partial(claims_table, score="eval_out"),
     "aggregates": aggregates_table,
     "published scores": published_table,
     "departures": departures_table,
@@ -659,9 +639,8 @@ def build_parser():
     part = modes.add_parser(
         "plan", allow_abbrev=False, epilog="and settings: python dmash.py --help"
     )
-    part.add_argument("--envs", nargs="+", required=True, help="environments")
-    part.add_argument("--methods", nargs="+", required=True, help="methods")
-    part.add_argument("--seeds", nargs="+", required=True, help="seeds, or ranges such as 11-15")
+    for name in ("envs", "methods", "seeds"):
+        part.add_argument(f"--{name}", nargs="+", required=True, help=f"{name}, one or more")
 
     part = modes.add_parser("add", allow_abbrev=False)
     part.add_argument("runs", **runs)
