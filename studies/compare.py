@@ -255,7 +255,7 @@ def difference_cells(ours, others, score):
 
 def speed(runs):
     """Gradient steps per second of whole runs, evaluations included: the median."""
-    return float(np.median([run.steps / run.last("seconds") for run in runs]))
+    return float(np.median([run.steps / max(run.last("seconds"), 1e-9) for run in runs]))
 
 
 def differences_table(runs):
@@ -513,7 +513,7 @@ def report(places, experiments, out):
         print(f"no figures are drawn ({error})")
     else:
         for name, drawing in compare_figures.all_of(blocks_of(runs), returns_without_action):
-            drawing.savefig(out / f"{name}.png", dpi=75)
+            drawing.savefig(out / f"{name}.png", dpi=100)
             count += 1
     print(f"{out}: report.md of {len(runs)} runs, {count} figures")
 
