@@ -8,7 +8,6 @@ DMA*-SH. The dashed line is what an agent earns that never acts.
 
 import dataclasses
 import itertools
-import math
 import operator
 
 import numpy as np
@@ -57,14 +56,13 @@ def all_of(blocks, nothing):
 
 def without_action(run, nothing):
     """A run with the same contexts and steps in which nothing acts; none where it is not known."""
-    if not nothing:
+    if len(nothing) != len(run.contexts):
         return []
     mean = np.mean(list(nothing.values()))
     metrics = [{**row, "mean": mean} for row in run.metrics]
     contexts = []
     for row in run.contexts:
-        earned = nothing.get((row["set"], row["index"]), math.nan)
-        contexts.append({**row, "return": earned})
+        contexts.append({**row, "return": nothing[row["set"], row["index"]]})
     return [dataclasses.replace(run, metrics=metrics, contexts=contexts)]
 
 
