@@ -27,21 +27,21 @@ hopper_gym        HopperGym       overlapping            1000 128 500000  gravit
 di_signs          -               non-overlapping         100  24 100000  mass, sign_x, sign_y
 ode_1 ... ode_20 are as ode, with the contexts c0 ... c(k-1) in ode_k.
 
-context           first in     default  train            extrapolation
-mass              di_inv             1  0.5 ... 1.5      0.1 ... 2
-action_factor     di_inv             1  -1 or 1          the same
-friction          di_friction        1  0.5 ... 1.5      0.1 ... 2
-swap              di_perm            0  0 or 1           the same
-c0                ode                0  -5 ... 5         -10 ... 10
-c1                ode                0  -5 ... 5         -10 ... 10
-length            cartpole_inv     0.5  0.3 ... 0.85     0.1 ... 2
-length            cheetah_inv        1  0.8 ... 1.2      0.4 ... 1.6
-gravity           ball_in_cup     9.81  8 ... 12         1 ... 20
-distance          ball_in_cup      0.3  0.24 ... 0.36    0.1 ... 0.5
-gravity           walker          9.81  4.91 ... 14.71   0.98 ... 19.62
-actuator_strength walker             1  0.5 ... 1.5      0.1 ... 2
-sign_x            di_signs           1  -1 or 1          the same
-sign_y            di_signs           1  -1 or 1          the same
+context           first in        default  train         extrapolation (None: two values)
+mass              di_inv              1.0  (0.5, 1.5)    (0.1, 2.0)
+action_factor     di_inv              1.0  (-1.0, 1.0)   None
+friction          di_friction         1.0  (0.5, 1.5)    (0.1, 2.0)
+swap              di_perm             0.0  (0.0, 1.0)    None
+c0                ode                 0.0  (-5.0, 5.0)   (-10.0, 10.0)
+c1                ode                 0.0  (-5.0, 5.0)   (-10.0, 10.0)
+length            cartpole_inv        0.5  (0.3, 0.85)   (0.1, 2.0)
+length            cheetah_inv         1.0  (0.8, 1.2)    (0.4, 1.6)
+gravity           ball_in_cup        9.81  (8.0, 12.0)   (1.0, 20.0)
+distance          ball_in_cup         0.3  (0.24, 0.36)  (0.1, 0.5)
+gravity           walker             9.81  (4.91, 14.71) (0.98, 19.62)
+actuator_strength walker              1.0  (0.5, 1.5)    (0.1, 2.0)
+sign_x            di_signs            1.0  (-1.0, 1.0)   None
+sign_y            di_signs            1.0  (-1.0, 1.0)   None
 
 The file in its order: the contexts, the table, the context sets; then `Task`, of which every
 environment is a subclass, written once for N instances side by side; then the tasks; then their
@@ -120,6 +120,8 @@ def coefficients(k):
 
 C0, C1 = coefficients(2)
 
+Contexts = str | Sequence[dict[str, float]]  # the name of a set, or contexts
+
 
 # --------------------------------------------------------------------------------------------------
 # The table of environments
@@ -134,7 +136,7 @@ class EnvSpec:
     """One row of the table."""
 
     cls: type
-    context: Sequence[ContextDim]
+    context: tuple[ContextDim, ...]
     horizon: int  # steps of an episode
     kind: str
     K: int = 24  # past transitions in a window
@@ -275,9 +277,12 @@ class Task:
         A context that cannot be built is a ValueError.
         """
         other = copy.copy(self)
-        other.contexts = [dict(context) for context in contexts]
-        other.build()
+        Task.__init__(other, contexts)
         return other
+
+    def spaces(self):
+        """The spaces of observations and actions of one instance."""
+        return box(self.d_s, self.high, self.low), box(self.d_a, 1.0)
 
     def snapshot(self):
         """All that the next step depends on, as one array (N, ...): here the physical state."""
@@ -340,16 +345,13 @@ def draw(view, shapes, size=256):
     """The picture, (size, size, 3), uint8. Later shapes cover earlier ones."""
     picture = np.full((size, size, 3), 245, dtype=np.uint8)
     ticks = (np.arange(size) + 0.5) / size - 0.5
-    x = view.centre[0] + view.width * ticks  # (size,)
-    y = view.centre[1] - view.width * ticks[:, None]  # (size, 1)
+    points = view.centre + view.width * np.stack(np.meshgrid(ticks, -ticks), axis=-1)
     for start, end, radius, colour in shapes:
-        dx, dy = end - start
-        length = np.sum((end - start) ** 2)
-        # The nearest point of the line has this share of the way from start to end before it.
-        along = ((x - start[0]) * dx + (y - start[1]) * dy) / max(length, 1e-12)
-        along = np.clip(along, 0, 1)
-        distance = np.hypot(x - start[0] - along * dx, y - start[1] - along * dy)
-        picture[distance <= radius] = colour
+        line = end - start
+        # The nearest point of the line has this share of it before it.
+        share = np.clip((points - start) @ line / max(line @ line, 1e-12), 0, 1)
+        nearest = start + share[:, :, None] * line
+        picture[np.linalg.norm(points - nearest, axis=-1) <= radius] = colour
     return picture
 
 
@@ -589,9 +591,7 @@ class MujocoTask(Task):
                 shapes.append(GROUND)
                 continue
             radius = size[0]
-            half = size[1] * rotation[:, 2]  # from the middle of a capsule to its end
-            if kind == mujoco.mjtGeom.mjGEOM_SPHERE:
-                half = np.zeros(3)
+            half = size[1] * rotation[:, 2]  # to the end of a capsule; 0 for a sphere
             if kind == mujoco.mjtGeom.mjGEOM_BOX:
                 radius = size[2]
                 half = size[0] * rotation[:, 0]
@@ -1120,8 +1120,7 @@ class WalkerGym(GymTask):
     FILE = "walker2d_v5.xml"
 
     def healthy(self):
-        height = self.qpos[:, 1]
-        angle = self.qpos[:, 2]
+        height, angle = self.qpos[:, 1:3].T
         return (0.8 < height) & (height < 2.0) & (-1.0 < angle) & (angle < 1.0)
 
 
@@ -1148,8 +1147,7 @@ class HopperGym(GymTask):
     FILE = "hopper.xml"
 
     def healthy(self):
-        height = self.qpos[:, 1]
-        angle = self.qpos[:, 2]
+        height, angle = self.qpos[:, 1:3].T
         others = np.abs(self.state()[:, 2:])
         upright = (0.7 < height) & (-0.2 < angle) & (angle < 0.2)
         return upright & (others < 100).all(axis=-1)
@@ -1264,7 +1262,7 @@ class ContextualEnv(gymnasium.Env):
         horizon: float = inf,
         **context: float,
     ):
-        check_arguments(env_id, render_mode, context)
+        check_render_mode(render_mode)
         if horizon != inf:
             whole("horizon", horizon)
         self.env_id = env_id
@@ -1273,8 +1271,7 @@ class ContextualEnv(gymnasium.Env):
         self.task = lookup(env_id).cls([full_context(env_id, context)])
         self.t: Any = None  # None: not yet reset
         self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
-        self.observation_space = box(self.task.d_s, self.task.high, self.task.low)
-        self.action_space = box(self.task.d_a, 1.0)
+        self.observation_space, self.action_space = self.task.spaces()
 
     @property
     def context(self):
@@ -1287,30 +1284,29 @@ class ContextualEnv(gymnasium.Env):
 
     def set_context(self, **context: float) -> None:
         """Changes context values now and keeps the physical state."""
-        check_arguments(self.env_id, None, context)
         task = self.task.with_contexts([full_context(self.env_id, context, self.context)])
         need_reset(self, "set_context")
         task.set_state(self.task.state())
         self.task = task
 
     def reset(self, *, seed=None, options=None):
-        options = check_options(options, ["state", "target", "context"])
+        options = dict(options or {})
+        check_names("option", options, ["state", "target", "context"])
         context = full_context(self.env_id, options.get("context", {}), self.context)
-        given = {}
         sizes = {"state": self.task.state_size, "target": self.task.target_size}
-        for name, size in sizes.items():
-            if name in options:
-                given[name] = finite(name, options[name], (size,))[None]
+        for name in options.keys() & sizes.keys():
+            options[name] = finite(name, options[name], (sizes[name],))[None]
         task = self.task
         if context != self.context:
             task = task.with_contexts([context])
         super().reset(seed=seed)
         self.task = task
         task.reset([self.np_random])
-        if "target" in given:
-            task.target = given["target"].copy()
-        if given:
-            task.set_state(given.get("state", task.state()))
+        if "target" in options:
+            task.target = options["target"].copy()
+            task.set_state(task.state())
+        if "state" in options:
+            task.set_state(options["state"])
         self.t = 0
         return self.observation(), {"context": self.context}
 
@@ -1351,7 +1347,7 @@ class VectorEnv:
     The horizon is the same everywhere, so that all episodes end together.
     """
 
-    def __init__(self, env_id: str, contexts: str | Sequence[dict[str, float]], seed: Any):
+    def __init__(self, env_id: str, contexts: Contexts, seed: Any):
         spec = lookup(env_id)
         self.env_id = env_id
         self.horizon = spec.horizon
@@ -1425,15 +1421,15 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         self,
         env_id: str,
         num_envs: int = 1,
-        contexts: str | Sequence[dict[str, float]] | None = None,
+        contexts: Contexts | None = None,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
         **context: float,
     ):
-        check_arguments(env_id, render_mode, context)
+        check_render_mode(render_mode)
         if contexts is None:
             contexts = [{}] * num_envs
-        contexts = [named("context", each) | context for each in listed(env_id, contexts, num_envs)]
+        contexts = [{**each, **context} for each in listed(env_id, contexts, num_envs)]
         self.env_id = env_id
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -1447,8 +1443,7 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         self.seeds = [-1] * num_envs  # Gymnasium's sign of an unknown seed.
         task = self.envs.task
         self.metadata = self.metadata | {"render_fps": round(1 / task.dt)}
-        self.single_observation_space = box(task.d_s, task.high, task.low)
-        self.single_action_space = box(task.d_a, 1.0)
+        self.single_observation_space, self.single_action_space = task.spaces()
         batch_space = gymnasium.vector.utils.batch_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -1472,7 +1467,8 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         options={"contexts": [...]}: context values to change, a dict for each instance.
         Returns observations (num_envs, d_s) and infos.
         """
-        options = check_options(options, ["contexts"])
+        options = options or {}
+        check_names("option", options, ["contexts"])
         given = listed(self.env_id, options.get("contexts", self.context), self.num_envs)
         pairs = zip(given, self.context)
         contexts = [full_context(self.env_id, each, old) for each, old in pairs]
@@ -1532,11 +1528,9 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         return self.call(name)
 
     def set_attr(self, name: str, values: Any) -> None:
-        """Sets what the instances share: one value, or a list of the same one for each."""
+        """Sets what all instances share."""
         if isinstance(values, (list, tuple)):
-            if list(values) != [values[0]] * self.num_envs:
-                raise ValueError(f"{name} {shown(values)}: must be one value for all instances")
-            values = values[0]
+            raise ValueError(f"{name} {shown(values)}: must be one value for all instances")
         setattr(self, name, values)
 
 
@@ -1570,12 +1564,12 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
         if seed is not None:
             # Otherwise the context and the state would be drawn from the same random numbers.
             self.env.reset(seed=seed)
-        options = {"context": {}} | named("options", options or {})
+        options = dict(options or {})
         context = dict(self.contexts[self.np_random.integers(len(self.contexts))])
         for name, (low, high) in self.ranges.items():
             context[name] = self.np_random.uniform(low, high)
-        context |= named("context", options["context"])
-        return self.env.reset(options=options | {"context": context})
+        options["context"] = context | options.get("context", {})
+        return self.env.reset(options=options)
 
 
 class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
@@ -1677,11 +1671,9 @@ def register(
     context: Sequence[ContextDim],
     horizon: int,
     kind: str = NON,
-    K: int = 24,
-    steps: int = 100_000,
-    paper_name: str = "-",
+    **rest: Any,
 ) -> None:
-    """Adds an environment, a row of EnvSpec.
+    """Adds an environment, a row of EnvSpec; `rest` may name K, steps and paper_name.
 
     It is there for `make`, for Gymnasium as aib/<env_id>-v0, and for dmash.py as --env
     <module>:<env_id>, where module is the one that calls this. A ValueError says what is wrong.
@@ -1689,7 +1681,7 @@ def register(
     module = sys._getframe(1).f_globals["__name__"]
     if module == "__mp_main__":  # the main module in a process that multiprocessing spawned
         module = "__main__"
-    spec = EnvSpec(cls, context, horizon, kind, K, steps, paper_name, module)
+    spec = EnvSpec(cls, tuple(context), horizon, kind, module=module, **rest)
     try:
         check_spec(env_id, spec)
     except ValueError as error:
@@ -1713,15 +1705,16 @@ def check_spec(env_id, spec):
         raise ValueError(f"belongs to {known.cls.__qualname__} of the module {known.module}")
     for name in ("horizon", "K", "steps"):
         whole(name, getattr(spec, name))
+    for name in ("d_s", "d_a"):
+        whole(f"{cls.__name__}.{name}", getattr(cls, name, None))
     names = [dim.name for dim in spec.context]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"contexts {names}: must be at least one, each with a name of its own")
     for dim in spec.context:
         check_dim(dim)
-    for name in ("d_s", "d_a", "state_size"):
-        if not isinstance(getattr(cls, name, None), int):
-            raise ValueError(f"{cls.__name__} must give {name}, a whole number")
-    for name in "dt initial_state set_state state advance observation reward picture".split():
+    for (
+        name
+    ) in "state_size dt initial_state set_state state advance observation reward picture".split():
         if getattr(cls, name, None) is None:
             raise ValueError(f"{cls.__name__} has no {name}")
     if cls.d_a == 1 and {"swap", "sign_y"} & set(names):
@@ -1765,7 +1758,13 @@ def lookup(env_id: str) -> EnvSpec:
     if module.split(":")[0] == "gymnasium":
         return gymnasium_spec(str(env_id).removeprefix("gymnasium:"))
     if module:
-        import_module(module)
+        if "" not in sys.path:
+            sys.path.append("")  # the current folder
+        importlib.invalidate_caches()
+        try:
+            importlib.import_module(module)
+        except SystemExit:
+            raise ImportError(f"{module} ends the program while it is imported") from None
     if name not in ENVS:
         raise ValueError(unknown("environment", name, list(ENVS)))
     spec = ENVS[name]
@@ -1775,25 +1774,14 @@ def lookup(env_id: str) -> EnvSpec:
     return spec
 
 
-def import_module(module):
-    if "" not in sys.path:
-        sys.path.append("")  # the current folder
-    importlib.invalidate_caches()
-    try:
-        importlib.import_module(module)
-    except SystemExit:
-        raise ImportError(f"{module} ends the program while it is imported") from None
-
-
 def full_context(env_id, context, base={}):
     """`context` checked, in the order of the table.
 
     What it does not name has its value in `base` or else its default.
     """
     dims = {dim.name: dim for dim in lookup(env_id).context}
-    for name in named("context", context):
-        if name not in dims:
-            raise ValueError(unknown(f"context of {env_id}", name, list(dims)))
+    kind = "context, or unexpected keyword argument"
+    check_names(kind, context, list(dims), UnknownContext)
     values = base | context
     return {name: allowed_value(dim, values.get(name, dim.default)) for name, dim in dims.items()}
 
@@ -1816,18 +1804,13 @@ def allowed_value(dim, value):
         number = float(value)
     except NOT_A_NUMBER:
         number = math.nan
-    ok = math.isfinite(number)
-    allowed = "a finite number"
-    if dim.only is not None:
-        ok = number in dim.only
-        allowed = " or ".join(f"{each:g}" for each in dim.only)
-    elif dim.positive:
-        ok = 0 < number < dim.below
-        allowed += " above 0"
-        if math.isfinite(dim.below):
-            allowed += f" and below {dim.below:g}"
-    if not ok or isinstance(value, (str, bool)):
-        raise ValueError(f"context {dim.name}={shown(value)}: must be {allowed}")
+    must_be = f"context {dim.name}={shown(value)}: must be"
+    if isinstance(value, (str, bool)) or not math.isfinite(number):
+        raise ValueError(f"{must_be} a finite number")
+    if dim.positive and not 0 < number < dim.below:
+        raise ValueError(f"{must_be} above 0 and below {dim.below:g}")
+    if dim.only and number not in dim.only:
+        raise ValueError(f"{must_be} one of {dim.only}")
     return number
 
 
@@ -1841,23 +1824,9 @@ def check_ranges(env_id, ranges):
             full_context(env_id, {name: value})
 
 
-def check_arguments(env_id, render_mode, context):
-    """The arguments of an environment. An unknown keyword is a TypeError, as in any call."""
+def check_render_mode(render_mode):
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
-    names = [dim.name for dim in lookup(env_id).context]
-    for name in context:
-        if name not in names:
-            hint = unknown(f"context of {env_id}", name, names)
-            raise TypeError(f"got an unexpected keyword argument {name!r}: {hint}")
-
-
-def check_options(options, known):
-    options = named("options", options or {})
-    for name in options:
-        if name not in known:
-            raise ValueError(unknown("option", name, known))
-    return options
 
 
 def need_reset(env, call):
@@ -1902,10 +1871,19 @@ def whole(name, value):
     return value
 
 
-def named(what, values):
+class UnknownContext(TypeError, ValueError):
+    """A context name that the environment does not have.
+
+    As a keyword it is a TypeError, by Python's convention; in a dict it is a ValueError.
+    """
+
+
+def check_names(kind, values, known, error=ValueError):
     if not isinstance(values, dict):
-        raise ValueError(f"{what} {shown(values)}: must be a dict of values by name")
-    return values
+        raise ValueError(f"{kind} {shown(values)}: must be a dict of values by name")
+    for name in values:
+        if name not in known:
+            raise error(unknown(kind, name, known))
 
 
 def shown(value):
@@ -1919,8 +1897,9 @@ def shown(value):
 def unknown(kind, name, known):
     """The one-line message for a name that is not in a table, with the closest known one."""
     hint = ""
-    for close in difflib.get_close_matches(str(name), known, n=1):
-        hint = f" (did you mean {close}?)"
+    close = difflib.get_close_matches(str(name), known, n=1)
+    if close:
+        hint = f" (did you mean {close[0]}?)"
     return f"unknown {kind} {str(name)!r}{hint}; known: {', '.join(known)}"
 
 
@@ -1933,8 +1912,9 @@ def register_table():
     for row in TABLE.split("\n")[1:-1]:
         env_id, cls, context, horizon, K, steps, paper_name, kind = row.split()
         dims = [globals()[name] for name in context.split(",")]
-        kind = globals()[kind]
-        register(env_id, globals()[cls], dims, int(horizon), kind, int(K), int(steps), paper_name)
+        numbers = {"K": int(K), "steps": int(steps)}
+        task, kind = globals()[cls], globals()[kind]
+        register(env_id, task, dims, int(horizon), kind, **numbers, paper_name=paper_name)
     for k in range(1, 21):
         register(f"ode_{k}", ODE, coefficients(k), 200, WEAK, paper_name=f"ODE-{k}")
 
@@ -1950,32 +1930,21 @@ def table():
     for env_id, spec in ENVS.items():
         if spec.paper_name.startswith("ODE-"):
             continue
+        numbers = spec.horizon, spec.K, spec.steps
         names = ", ".join(dim.name for dim in spec.context)
-        lines.append(
-            row(env_id, spec.paper_name, spec.kind, spec.horizon, spec.K, spec.steps, names)
-        )
+        lines.append(row(env_id, spec.paper_name, spec.kind, *numbers, names))
         for dim in spec.context:
             first_in.setdefault(dim, env_id)
-    lines.append("ode_1 ... ode_20 are as ode, with the contexts c0 ... c(k-1) in ode_k.")
-    row = "{:<17} {:<12} {:>7}  {:<16} {}".format
-    lines += ["", row("context", "first in", "default", "train", "extrapolation")]
+    row = "{:<17} {:<15} {:>7}  {:<13} {}".format
+    lines.append("ode_1 ... ode_20 are as ode, with the contexts c0 ... c(k-1) in ode_k.\n")
+    lines.append(row("context", "first in", "default", "train", "extrapolation (None: two values)"))
     for dim, env_id in first_in.items():
-        train = "{:g} or {:g}".format(*dim.train)
-        extrapolation = "the same"
-        if dim.extrapolation:
-            train = "{:g} ... {:g}".format(*dim.train)
-            extrapolation = "{:g} ... {:g}".format(*dim.extrapolation)
-        lines.append(row(dim.name, env_id, f"{dim.default:g}", train, extrapolation))
+        lines.append(row(dim.name, env_id, dim.default, str(dim.train), str(dim.extrapolation)))
     return "\n".join(lines)
 
 
-def print_table():
-    try:
-        print(table(), flush=True)
-    except BrokenPipeError:
-        # The reader, such as `head`, has gone. What is left must not fail again at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 if __name__ == "__main__":
-    print_table()
+    try:
+        os.write(sys.stdout.fileno(), f"{table()}\n".encode())
+    except BrokenPipeError:
+        pass  # The reader, such as `head`, has gone.
