@@ -345,13 +345,14 @@ def draw(view, shapes, size=256):
     """The picture, (size, size, 3), uint8. Later shapes cover earlier ones."""
     picture = np.full((size, size, 3), 245, dtype=np.uint8)
     ticks = (np.arange(size) + 0.5) / size - 0.5
-    points = view.centre + view.width * np.stack(np.meshgrid(ticks, -ticks), axis=-1)
+    x = view.centre[0] + view.width * ticks  # (size,)
+    y = view.centre[1] - view.width * ticks[:, None]  # (size, 1)
     for start, end, radius, colour in shapes:
-        line = end - start
-        # The nearest point of the line has this share of it before it.
-        share = np.clip((points - start) @ line / max(line @ line, 1e-12), 0, 1)
-        nearest = start + share[:, :, None] * line
-        picture[np.linalg.norm(points - nearest, axis=-1) <= radius] = colour
+        dx, dy = line = end - start
+        share = ((x - start[0]) * dx + (y - start[1]) * dy) / max(line @ line, 1e-12)
+        share = np.clip(share, 0, 1)  # of the line before the point that is nearest, (size, size)
+        distance = np.hypot(x - start[0] - share * dx, y - start[1] - share * dy)
+        picture[distance <= radius] = colour
     return picture
 
 
@@ -1290,7 +1291,7 @@ class ContextualEnv(gymnasium.Env):
         self.task = task
 
     def reset(self, *, seed=None, options=None):
-        options = dict(options or {})
+        options = dict(named("options", options or {}))
         check_names("option", options, ["state", "target", "context"])
         context = full_context(self.env_id, options.get("context", {}), self.context)
         sizes = {"state": self.task.state_size, "target": self.task.target_size}
@@ -1336,7 +1337,7 @@ def make(env_id: str, **options: Any) -> ContextualEnv:
     env = ContextualEnv(env_id, **options)
     spec = gymnasium.registry.get(gymnasium_name(env_id))
     if spec is not None:
-        kwargs = {"env_id": env_id} | env.context
+        kwargs = spec.kwargs | env.context
         env.spec = dataclasses.replace(spec, max_episode_steps=options["horizon"], kwargs=kwargs)
     return env
 
@@ -1429,7 +1430,8 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         check_render_mode(render_mode)
         if contexts is None:
             contexts = [{}] * num_envs
-        contexts = [{**each, **context} for each in listed(env_id, contexts, num_envs)]
+        contexts = listed(env_id, contexts, num_envs)
+        contexts = [named("context", each) | context for each in contexts]
         self.env_id = env_id
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -1467,7 +1469,7 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         options={"contexts": [...]}: context values to change, a dict for each instance.
         Returns observations (num_envs, d_s) and infos.
         """
-        options = options or {}
+        options = named("options", options or {})
         check_names("option", options, ["contexts"])
         given = listed(self.env_id, options.get("contexts", self.context), self.num_envs)
         pairs = zip(given, self.context)
@@ -1781,7 +1783,7 @@ def full_context(env_id, context, base={}):
     """
     dims = {dim.name: dim for dim in lookup(env_id).context}
     kind = "context, or unexpected keyword argument"
-    check_names(kind, context, list(dims), UnknownContext)
+    check_names(kind, named("context", context), list(dims), UnknownContext)
     values = base | context
     return {name: allowed_value(dim, values.get(name, dim.default)) for name, dim in dims.items()}
 
@@ -1816,7 +1818,7 @@ def allowed_value(dim, value):
 
 def check_ranges(env_id, ranges):
     for name, values in ranges.items():
-        low, high = finite(f"range of {name}", values, (2,))
+        low, high = finite(f"range of {name}", values, (2,)).tolist()
         if low > high:
             raise ValueError(f"range of {name} {shown(values)}: must go up")
         # The middle is no allowed value where there are only two.
@@ -1845,7 +1847,7 @@ def box(size, high=inf, low=None):
     high = np.broadcast_to(np.float32(high), size)
     if low is None:
         low = -high
-    return gymnasium.spaces.Box(low, high, (size,), np.float32)
+    return gymnasium.spaces.Box(np.float32(low), high, (size,), np.float32)
 
 
 # What float() and numpy raise for a text, for 10**400, for a tensor that has a gradient.
@@ -1878,9 +1880,13 @@ class UnknownContext(TypeError, ValueError):
     """
 
 
-def check_names(kind, values, known, error=ValueError):
+def named(what, values):
     if not isinstance(values, dict):
-        raise ValueError(f"{kind} {shown(values)}: must be a dict of values by name")
+        raise ValueError(f"{what} {shown(values)}: must be a dict of values by name")
+    return values
+
+
+def check_names(kind, values, known, error=ValueError):
     for name in values:
         if name not in known:
             raise error(unknown(kind, name, known))
