@@ -277,7 +277,7 @@ class Task:
         A context that cannot be built is a ValueError.
         """
         other = copy.copy(self)
-        Task.__init__(other, contexts)
+        Task.__init__(other, contexts)  # A subclass's own would forget the reacher's target.
         return other
 
     def spaces(self):
@@ -348,7 +348,8 @@ def draw(view, shapes, size=256):
     x = view.centre[0] + view.width * ticks  # (size,)
     y = view.centre[1] - view.width * ticks[:, None]  # (size, 1)
     for start, end, radius, colour in shapes:
-        dx, dy = line = end - start
+        line = end - start
+        dx, dy = line
         share = ((x - start[0]) * dx + (y - start[1]) * dy) / max(line @ line, 1e-12)
         share = np.clip(share, 0, 1)  # of the line before the point that is nearest, (size, size)
         distance = np.hypot(x - start[0] - share * dx, y - start[1] - share * dy)
@@ -395,9 +396,8 @@ class DoubleIntegrator(Task):
 
     def advance(self, actions):
         mass = self.c["mass"][:, None]
-        keep = 1.0
-        if "friction" in self.c:
-            keep = 1 - self.dt * self.c["friction"][:, None] / mass
+        friction = self.c.get("friction", np.zeros(self.N))[:, None]
+        keep = 1 - self.dt * friction / mass
         # The position moves first, with the old velocity.
         self.p = np.clip(self.p + self.dt * self.v, -1, 1)
         self.v = np.clip(self.v * keep + self.dt * actions / mass, -1, 1)
@@ -499,19 +499,7 @@ class MujocoTask(Task):
             # Without this, a simulation that diverges would start anew, and nobody would see it.
             model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.datas = [mujoco.MjData(model) for model in self.models]
-        self.view()
-
-    def view(self):
-        """Makes views into the simulations, once: to look them up costs more than a copy."""
         self.pairs = list(zip(self.models, self.datas))
-        self.ctrls = [data.ctrl for data in self.datas]
-        self.qposes = [data.qpos for data in self.datas]
-        self.qvels = [data.qvel for data in self.datas]
-
-    def __setstate__(self, state):
-        # In a copy, or out of a pickle, views are cut off from what they were views of.
-        vars(self).update(state)
-        self.view()
 
     @property
     def dt(self):
@@ -521,8 +509,8 @@ class MujocoTask(Task):
         return mujoco.MjModel.from_xml_string(self.xml(context))
 
     def measure(self):
-        self.qpos = np.array(self.qposes)  # (N, nq)
-        self.qvel = np.array(self.qvels)  # (N, nv)
+        self.qpos = np.array([data.qpos for data in self.datas])  # (N, nq)
+        self.qvel = np.array([data.qvel for data in self.datas])  # (N, nv)
 
     def speed(self):
         """What the first sensor tells: the forward velocity of the centre of mass, m/s, (N,)."""
@@ -553,10 +541,8 @@ class MujocoTask(Task):
         self.measure()
 
     def advance(self, actions):
-        # This loop is apart from the next one because that is faster.
-        for ctrl, action in zip(self.ctrls, actions):
-            ctrl[...] = action
-        for model, data in self.pairs:
+        for (model, data), action in zip(self.pairs, actions):
+            data.ctrl[:] = action
             if self.SENSORS:
                 mujoco.mj_step2(model, data)
                 if self.SUBSTEPS > 1:
@@ -661,7 +647,7 @@ class Cartpole(MujocoTask):
 
     def reward(self):
         x, theta = self.qpos.T
-        force = np.array(self.ctrls)[:, 0]
+        force = np.array([data.ctrl[0] for data in self.datas])
         upright = (1 + np.cos(theta)) / 2
         centered = (1 + near(x, margin=2)) / 2
         small_control = (4 + np.maximum(0.0, 1 - force**2)) / 5
@@ -1094,7 +1080,8 @@ class GymTask(MujocoTask):
         return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=-1)
 
     def reward(self):
-        cost = 1e-3 * np.square(np.array(self.ctrls)).sum(-1)
+        action = np.array([data.ctrl for data in self.datas])
+        cost = 1e-3 * np.square(action).sum(-1)
         return self.velocity + self.healthy() - cost
 
 
@@ -1915,12 +1902,19 @@ def unknown(kind, name, known):
 
 
 def register_table():
+    """Enters the rows of TABLE, whose words are names of this file, and ode_1 ... ode_20."""
     for row in TABLE.split("\n")[1:-1]:
         env_id, cls, context, horizon, K, steps, paper_name, kind = row.split()
-        dims = [globals()[name] for name in context.split(",")]
-        numbers = {"K": int(K), "steps": int(steps)}
-        task, kind = globals()[cls], globals()[kind]
-        register(env_id, task, dims, int(horizon), kind, **numbers, paper_name=paper_name)
+        register(
+            env_id,
+            globals()[cls],
+            [globals()[name] for name in context.split(",")],
+            int(horizon),
+            globals()[kind],
+            K=int(K),
+            steps=int(steps),
+            paper_name=paper_name,
+        )
     for k in range(1, 21):
         register(f"ode_{k}", ODE, coefficients(k), 200, WEAK, paper_name=f"ODE-{k}")
 
