@@ -1201,8 +1201,8 @@ def gymnasium_spec(gymnasium_id):
     try:
         env = gymnasium.make(gymnasium_id)
     except ImportError as error:
-        needed = f"needs {error.name}, which is not installed: pip install {error.name}"
-        raise BadEnvironment(f"gymnasium:{gymnasium_id} {needed}") from None
+        reason = f"{error} (pip install {error.name})"
+        raise BadEnvironment(f"gymnasium:{gymnasium_id}: {reason}") from None
     horizon = env.spec.max_episode_steps
     seen = env.observation_space
     acted = env.action_space
