@@ -1402,8 +1402,6 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         "render_modes": ["rgb_array"],
         "autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP,
     }
-    # What `call` finds once per instance. All else is shared, and repeated for each.
-    PER_INSTANCE = ("context", "state", "render", "np_random_seed")
 
     def __init__(
         self,
@@ -1505,11 +1503,14 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         return tuple(draw(*self.envs.task.picture(i)) for i in range(self.num_envs))
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple:
-        """What each instance has, or gives, by this name, as SyncVectorEnv's call."""
+        """What each instance has, or gives, by this name, as SyncVectorEnv's call.
+
+        A sequence has an entry for each instance. All else is shared, and repeated.
+        """
         value = getattr(self, name)
         if callable(value):
             value = value(*args, **kwargs)
-        if name in self.PER_INSTANCE:
+        if isinstance(value, (list, tuple, np.ndarray)):
             return tuple(value)
         return (value,) * self.num_envs
 
