@@ -1,15 +1,18 @@
-"""What do the paper's theorems say about the classes of dmash.py, in numbers?
+"""Do the paper's theorems hold for the classes of dmash.py, in numbers?
 
-    python studies/theory.py                    all of them, in a minute or two on one thread
+    python studies/theory.py                    all of them; a minute or two on one thread
     python studies/theory.py a1 a6 --seed 2     some of them, with other random numbers
 
-Prints numbers, writes them to theory.txt in --out, and draws a figure of each, a1.png and so on. The functions a1, a2,
-a5, a6, a15 and a17 say what each theorem claims and how it is tried; numbered as in the paper's second version.
+The program prints numbers and writes them to theory.txt in --out. It draws a figure of each
+theorem, a1.png and so on. Theorems have the numbers of the paper's second version. The docstrings
+of a1, a2, a5, a6, a15 and a17 say what is claimed, built and measured, and when the claim holds.
 """
 
 import sys
 from argparse import RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,285 +27,606 @@ import dmash  # noqa: E402
 
 TRAINED = ROOT / "results/quick_fresh/cartpole_inv__dma_star_sh__quick__s4"
 
-uniform = lambda *shape: 2 * torch.rand(shape) - 1
-largest = lambda x: x.abs().max().item()
-product_loss = lambda f: lambda s, z: (f(s, z) - s * z).square().sum()
+
+class Panel(NamedTuple):
+    """One panel of a theorem's figure."""
+
+    axes: dict  # its title, labels and scales, as Axes.set takes them
+    curves: dict = {}  # by label: (x, y) or (x, y, standard deviation)
+    image: np.ndarray | None = None  # of a function on [-1, 1]²
 
 
-def train(parameters, loss, draw, steps, lr):
-    """Adam on loss(*draw()), its rate falling linearly to 0."""
+# ---- What several theorems need -----------------------------------------------------------------
+
+
+def uniform(*shape):
+    """Random numbers between -1 and 1."""
+    return 2 * torch.rand(shape) - 1
+
+
+def largest(x):
+    return x.abs().max().item()
+
+
+def train(parameters, loss, steps, lr):
+    """Adam on loss(), which draws its own batch. The learning rate falls linearly to 0."""
     optimizer = torch.optim.Adam(parameters, lr)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
-        loss(*draw()).backward()
+        loss().backward()
         optimizer.step()
 
 
+def adapter(x, omega):
+    """Eq. 3 for x (B, d_x) -> (B, d_x). Each row of ω serves an equal share of the rows of x."""
+    x = x.unflatten(0, (len(omega.b_up), -1))  # (rows of ω, share, d_x)
+    return dmash.adapter(x, omega).flatten(0, 1)
+
+
 @torch.no_grad()
-def by_hand(U, V):
-    """A Hypernetwork of z (B, 1) whose adapter is g(x; h(z)) = z·U V x for all x and z, by 2 r units: U (d_x, r),
-    V (r, d_x). V x = ReLU(V x) - ReLU(-V x), and the up-weights are linear in z, itself ReLU(z) - ReLU(-z)."""
+def hypernetwork_by_hand(U, V):
+    """A Hypernetwork of z (B, 1) whose adapter is g(x; h(z)) = z·U V x, for all x and z.
+
+    U is (d_x, r), V is (r, d_x). The bottleneck needs 2 r units: V x = ReLU(V x) - ReLU(-V x).
+    The up-weights are z·[U, -U]. The trunk passes z on as the pair ReLU(z), ReLU(-z).
+    """
     h = dmash.Hypernetwork(d_z=1, hidden=2, d_x=len(U), bottleneck=2 * len(V))
     for p in h.parameters():
         p.zero_()
-    h.trunk[0].weight[:, 0], h.trunk[2].weight[:] = torch.tensor([1.0, -1.0]), torch.eye(2)
-    heads, up = dmash.Omega(*h.heads), torch.cat([U, -U], 1).T.flatten()
-    heads.W_down.bias[:], heads.W_up.weight[:] = torch.cat([V, -V]).T.flatten(), torch.stack([up, -up], 1)
+    first, _, second, _ = h.trunk
+    first.weight[0] = 1
+    first.weight[1] = -1
+    second.weight.copy_(torch.eye(2))
+    W_down, _, W_up, _ = h.heads
+    W_down.bias.copy_(torch.cat([V, -V]).T.flatten())  # a bias, as it does not depend on z
+    up = torch.cat([U, -U], 1).T.flatten()
+    W_up.weight[:, 0] = up
+    W_up.weight[:, 1] = -up
     return h
 
 
-# Each theorem returns its numbers, by what they are, and the panels of its figure: for each, the labels of its axes and
-# an image of [-1, 1]² or curves by name, (x, y) or (x, y, s.d.).
+# ---- A.1: the product s·z -----------------------------------------------------------------------
 
 
 def a1(seed, steps=1500, n=257):
-    """A.1: the adapter holds f*(s, z) = s·z exactly, as g(s; h(z)). A ReLU network on [s; z] is piecewise linear. A
-    piece, where the same units are on, is convex: with its corners it holds a square of side δ. Of an affine function
-    their alternating sum is 0, of s·z it is δ²: at one of the four f errs by δ²/4, as the best affine function does."""
+    """A.1: the adapter can be the product s·z exactly; a ReLU network on [s; z] cannot.
+
+    Claim: two ReLU units give g(s; h(z)) = s·z. A ReLU network f on [s; z] is affine on each of
+    its linear pieces. Take a square of side δ inside one piece. The alternating sum of f over its
+    corners is 0, that of s·z is δ². So f errs by at least δ²/4 at one of the four corners.
+    Built: a hypernetwork by hand, and a network on [s; z] that is trained on s·z in [-1, 1]².
+    Measured: the adapter's largest error; the pieces of f on a grid of n × n points; and of all
+    squares inside one piece the mixed second difference of f and the largest error at a corner.
+    It holds if the first number is 0, the mixed difference inside pieces is 0 but for rounding,
+    and the last number is at least 1.
+    """
     s, z = 100 * torch.randn(2, 10000, 1)
-    exact = largest(dmash.adapter(s, by_hand(torch.ones(1, 1), torch.ones(1, 1))(z)) - s * z)
-    f = dmash.Network(1, 1, d_x=16, how="concat", d_told=1)
-    train(f.parameters(), product_loss(f), lambda: uniform(2, 256, 1), steps, 3e-3)
-    sz = torch.cartesian_prod(*torch.linspace(-1, 1, n, dtype=torch.float64).expand(2, -1))
-    with torch.no_grad():
-        error = (f.double()(sz[:, :1], sz[:, 1:])[:, 0] - sz.prod(1)).view(n, n).numpy()
-        on = torch.cat([f.trunk[0](sz), f.trunk(sz)], 1) > 0
-    piece = np.unique(np.packbits(on, axis=1), axis=0, return_inverse=True)[1].reshape(n, n)
-    corners = lambda values, k: np.stack([values[:-k, :-k], values[k:, :-k], values[:-k, k:], values[k:, k:]])
+    product = hypernetwork_by_hand(torch.ones(1, 1), torch.ones(1, 1))
+    exact = largest(adapter(s, product(z)) - s * z)
+
+    f = dmash.Network(1, 1, d_x=16, use="concat", d_context=1)
+
+    def loss():
+        s, z = uniform(2, 256, 1)
+        return (f(s, z) - s * z).square().sum()
+
+    train(f.parameters(), loss, steps, 3e-3)
+    error, piece = errors_and_pieces(f, n)
+    squares = squares_inside_pieces(error, piece)
+    delta, mixed, mixed_everywhere, least, median = np.array(squares).T
+    floor = delta**2 / 4
+    numbers = {
+        "adapter, s and z up to 400: largest error": exact,
+        "network on [s; z]: linear pieces": piece.max() + 1,
+        "its mixed second difference inside a piece (s·z: 1), at most": mixed.max(),
+        "its mean over all cells": mixed_everywhere[0],
+        "largest error in a square inside a piece / (δ²/4), at least": (least / floor).min(),
+    }
+    whole_cell = (corners(piece, 1) == piece[1:, 1:]).all(0)
+    image = np.where(whole_cell, np.abs(error[1:, 1:]), np.nan).T
+    title = "error of a network on [s; z]; white: its edges"
+    axes = {"xlabel": "side δ of squares inside a piece", "xscale": "log", "yscale": "log"}
+    axes["ylabel"] = "largest error at the corners"
+    curves = {"median square": (delta, median), "least": (delta, least), "δ²/4": (delta, floor)}
+    return numbers, [
+        Panel({"xlabel": "s", "ylabel": "z", "title": title}, image=image),
+        Panel(axes, curves),
+    ]
+
+
+@torch.no_grad()
+def errors_and_pieces(f, n):
+    """f(s, z) - s·z on a grid of [-1, 1]², and the number of the linear piece; (n, n) each."""
+    line = torch.linspace(-1, 1, n, dtype=torch.float64)
+    sz = torch.cartesian_prod(line, line)  # (n², 2)
+    error = f.double()(sz[:, :1], sz[:, 1:])[:, 0] - sz.prod(1)
+    units = torch.cat([f.trunk[0](sz), f.trunk(sz)], 1)  # both layers before their ReLU
+    # On a piece the same units are on.
+    _, piece = torch.unique(units > 0, dim=0, return_inverse=True)
+    return error.view(n, n).numpy(), piece.view(n, n).numpy()
+
+
+def corners(values, k):
+    """The four corners of all squares of k cells a side: (4, n - k, n - k)."""
+    return np.stack([values[:-k, :-k], values[k:, :-k], values[:-k, k:], values[k:, k:]])
+
+
+def squares_inside_pieces(error, piece):
+    """A row for each size of square, as long as one lies inside a piece.
+
+    Side δ; largest mixed second difference of f; its mean over all squares; and of the largest
+    error at the corners of a square, the least and the median.
+    """
+    n = len(error)
     rows = []
-    for k in range(1, n):  # all squares of k cells a side
-        delta, e, p = 2 * k / (n - 1), corners(error, k), corners(piece, k)
-        inside, mixed = (p == p[0]).all(0), 1 + (e[0] - e[1] - e[2] + e[3]) / delta**2  # of s·z it is 1
+    for k in range(1, n):
+        # A piece is convex: a square lies inside it if its corners do.
+        at = corners(piece, k)
+        inside = (at == at[0]).all(0)
         if not inside.any():
             break
+        delta = 2 * k / (n - 1)
+        e = corners(error, k)
+        mixed = 1 + (e[0] - e[1] - e[2] + e[3]) / delta**2  # that of s·z is 1
         worst = np.abs(e).max(0)[inside]
-        rows.append((delta, np.abs(mixed[inside]).max(), mixed.mean(), worst.min(), np.median(worst)))
-    delta, inner, mean, least, median = np.array(rows).T
-    numbers = {"adapter, s and z up to 400: largest error": exact, "network on [s; z]: linear pieces": piece.max() + 1}
-    numbers["its mixed second difference inside a piece (s·z: 1), at most"] = inner.max()
-    numbers["its mean over all cells"] = mean[0]
-    numbers["largest error in a square inside a piece / (δ²/4), at least"] = (least / (delta**2 / 4)).min()
-    image = np.where((corners(piece, 1) == piece[1:, 1:]).all(0), np.abs(error[1:, 1:]), np.nan).T
-    curves = {"median square": (delta, median), "least": (delta, least), "δ²/4": (delta, delta**2 / 4)}
-    axes = dict(xlabel="side δ of squares inside a piece", ylabel="largest error at the corners")
-    title = dict(xlabel="s", ylabel="z", title="error of a network on [s; z]; white: its edges")
-    return numbers, [(title, image), (axes | dict(xscale="log", yscale="log"), curves)]
+        flattest = np.abs(mixed[inside]).max()
+        rows.append((delta, flattest, mixed.mean(), worst.min(), np.median(worst)))
+    return rows
+
+
+# ---- A.2: operators -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def a2(seed, m=64):
-    """A.2: an operator T(z) on x is the adapter W = T(z) - I behind the skip connection: -2 I inverts x, P - I swaps
-    its halves. A policy's head reads ReLU(x̃). ReLU commutes with P: where head(P x) = R head(x), P becomes R. It does
-    not commute with inversion, unless x = (y, -y), where that is P."""
-    eye, half, off, on = torch.eye(m), torch.eye(m // 2), torch.zeros(1, 1), torch.ones(1, 1)
-    invert, swap = by_hand(-2 * eye, eye), by_hand(torch.cat([half, -half]), torch.cat([-half, half], 1))
-    x, s, panels = torch.randn(10000, m), torch.randn(400, 5), []
-    numbers = {f"x of {m} numbers, inverted: largest error": largest(x + dmash.adapter(x, invert(on)) + x)}
-    numbers["its halves swapped"] = largest(x + dmash.adapter(x, swap(on)) - x.roll(m // 2, 1))
-    for name, h in (("flipped", invert), ("swapped", swap), ("flipped, as drawn", invert)):
-        pi = dmash.Actor(5, 2, d_x=m)
-        R = torch.eye(4)[[1, 0, 3, 2]] if h is swap else torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0]))
-        if name != "flipped, as drawn":
-            pi.head.weight.copy_((pi.head.weight + R @ pi.head.weight.roll(m // 2, 1)) / 2)
-            pi.head.bias.copy_((pi.head.bias + R @ pi.head.bias) / 2)
-        for p in pi.trunk[2].parameters() if name == "flipped" else ():
-            p[m // 2 :] = -p[: m // 2]
-        goal, found = torch.cat(pi(s, h(off)), 1) @ R.T, torch.cat(pi(s, h(on)), 1)  # two means, two log stds
-        numbers[f"policy {name}: largest error of means and log stds"] = largest(found - goal)
-        label = f"{'mean of the other action' if h is swap else '−mean'}, adapter off"
-        points = {"400 states": (goal[:, 0], found[:, 0]), "equal": 2 * (goal[:, 0].aminmax(),)}
-        panels.append((dict(title=f"policy {name}", xlabel=label, ylabel="mean of an action, adapter on"), points))
+    """A.2: behind the skip connection, the adapter W = T(z) - I is the operator T(z) on x.
+
+    Claim: W = -2 I inverts x, and W = P - I swaps its halves. A policy's head reads ReLU(x̃). ReLU
+    commutes with P: if head(P x) = R head(x), the policy's output turns by R. ReLU does not
+    commute with inversion, unless x = (y, -y), where inversion is P.
+    Built: both adapters by hand, and three policies. "Flipped" has x = (y, -y) and a symmetric
+    head, "swapped" a symmetric head alone, "flipped, as drawn" has neither.
+    Measured: errors of x̃, and of the policy's means and log stds, adapter on against off.
+    It holds if the first four numbers are 0 but for rounding and the last one is not.
+    """
+    eye = torch.eye(m)
+    half = torch.eye(m // 2)
+    inversion = hypernetwork_by_hand(-2 * eye, eye)
+    swap = hypernetwork_by_hand(torch.cat([half, -half]), torch.cat([-half, half], 1))
+    off, on = torch.zeros(1, 1), torch.ones(1, 1)  # z
+    x = torch.randn(10000, m)
+    s = torch.randn(400, 5)
+    inverted = x + adapter(x, inversion(on))
+    swapped = x + adapter(x, swap(on))
+    numbers = {
+        f"x of {m} numbers, inverted: largest error": largest(inverted + x),
+        "its halves swapped": largest(swapped - x.roll(m // 2, 1)),
+    }
+
+    flip = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0]))  # R for two means and two log stds
+    exchange = torch.eye(4)[[1, 0, 3, 2]]
+    flipped_policy, swapped_policy, drawn_policy = (dmash.Actor(5, 2, d_x=m) for _ in range(3))
+    make_symmetric(flipped_policy.head, flip)
+    make_symmetric(swapped_policy.head, exchange)
+    for p in flipped_policy.trunk[2].parameters():
+        p[m // 2 :] = -p[: m // 2]  # x = (y, -y)
+
+    panels = []
+    for name, pi, h, R, goal_name in (
+        ("flipped", flipped_policy, inversion, flip, "−mean"),
+        ("swapped", swapped_policy, swap, exchange, "mean of the other action"),
+        ("flipped, as drawn", drawn_policy, inversion, flip, "−mean"),
+    ):
+        goal = torch.cat(pi(s, h(off)), 1) @ R.T  # (400, 4)
+        found = torch.cat(pi(s, h(on)), 1)
+        error = largest(found - goal)
+        numbers[f"policy {name}: largest error of means and log stds"] = error
+        ends = goal[:, 0].aminmax()
+        points = {"400 states": (goal[:, 0], found[:, 0]), "equal": (ends, ends)}
+        axes = {"title": f"policy {name}", "xlabel": f"{goal_name}, adapter off"}
+        axes["ylabel"] = "mean of an action, adapter on"
+        panels.append(Panel(axes, points))
     return numbers, panels
+
+
+def make_symmetric(head, R):
+    """Makes head(P x) = R head(x), P the swap of x's halves: the mean of head(x), R head(P x)."""
+    half = head.in_features // 2
+    head.weight.copy_((head.weight + R @ head.weight.roll(half, 1)) / 2)
+    head.bias.copy_((head.bias + R @ head.bias) / 2)
+
+
+# ---- A.5: the bottleneck ------------------------------------------------------------------------
 
 
 def a5(seed, steps=2000, m=8, restarts=3):
-    """A.5: a bottleneck of width k passes maps of rank k; two units do for s·z (a1). g(x; ω) - b_up lies in the span of
-    k rows of W_up: of -2x, x isotropic in R^m, it misses 1 - k/m or more. Within a range m units miss nothing: x is
-    ReLU(x + 1) - 1 for |x| ≤ 1. Everywhere it takes 2 m (a2): far out, the units on at x and at -x are not the same."""
-    widths, ranks, missed = [1, 2, 4, 8, 16, 32], [], []
-    for k in widths:
-        omega = dmash.Hypernetwork(d_x=64, bottleneck=k).double()(torch.randn(1, 8).double())
-        J = vmap(jacrev(lambda x: dmash.adapter(x[None], omega)[0]))(3 * torch.randn(300, 64).double())
-        ranks.append(torch.linalg.matrix_rank(J).max().item())  # J (300, 64, 64)
-    k = torch.arange(1, 2 * m + 1).repeat(restarts)  # all widths at once: row i of ω has k_i units, the others cut off
-    cut = (torch.arange(2 * m) < k[:, None]).float().unsqueeze(-1)
+    """A.5: a bottleneck of width k passes maps of rank k, and two units do for s·z (see a1).
+
+    Claim: g(x; ω) - b_up lies in the span of the k rows of W_up. So of -2x, x isotropic in R^m, it
+    misses a share of at least 1 - k/m. Inside a range m units miss nothing, since |x| ≤ 1 makes
+    x = ReLU(x + 1) - 1. Everywhere it takes 2 m units, as in a2: far out, the units that are on at
+    x and at -x are not the same.
+    Built: adapters of random ω; and adapters of 1 to 2 m units that are trained on -2x.
+    Measured: ranks of ∂g/∂x; shares of -2x missed, in the range trained on and in ten times that.
+    It holds if no rank is above its width, no share is below 1 - k/m, and m units miss nearly
+    nothing in the first range but not in the second.
+    """
+    widths = [1, 2, 4, 8, 16, 32]
+    ranks = [largest_rank(k) for k in widths]
+
+    k = torch.arange(1, 2 * m + 1).repeat(restarts)
+    rows = len(k)  # adapters trained side by side, row i with k[i] units
+    cut = (torch.arange(2 * m) < k[:, None]).float().unsqueeze(-1)  # (rows, 2 m, 1), 0 or 1
     shapes = dmash.Hypernetwork(d_x=m, bottleneck=2 * m).shapes
-    weights = dmash.Omega(*(nn.Parameter(torch.randn(len(k), *shape) / m**0.5) for shape in shapes))
-    omega = lambda: weights._replace(W_up=weights.W_up * cut)
-    draw = lambda: (uniform(64, m).repeat(len(k), 1), -2)
-    train(weights, product_loss(lambda x, _: dmash.adapter(x, omega())), draw, steps, 1e-2)
-    for scale in (1, 10):
-        x = scale * uniform(20000, m).repeat(len(k), 1)
-        miss = (dmash.adapter(x, omega()) + 2 * x).detach().square().view(len(k), -1).mean(1) / (4 * x.square().mean())
-        missed.append(miss.view(restarts, -1).amin(0).tolist())
-    numbers = {f"rank of ∂g/∂x at widths {widths}, at most": ranks}
-    numbers[f"share of −2x missed by 1 … {2 * m} units, trained, m = {m}, best of {restarts}"] = missed[0]
-    numbers["the same, in ten times the range trained on"] = missed[1]
-    k = range(1, 2 * m + 1)
-    curves = {"in the range trained on": (k, missed[0]), "in ten times that": (k, missed[1])}
-    curves["floor 1 − k/m"] = k, [max(1 - j / m, 0) for j in k]
-    axes = dict(xlabel="width k of the bottleneck", ylabel="share of −2x missed", title=f"inverting {m} numbers")
-    return numbers, [(axes, curves)]
+    weights = [nn.Parameter(torch.randn(rows, *shape) / m**0.5) for shape in shapes]
+
+    def error(x):
+        omega = dmash.Omega(*weights)
+        return adapter(x, omega._replace(W_up=omega.W_up * cut)) + 2 * x
+
+    def loss():
+        x = uniform(64, m).repeat(rows, 1)  # the same for each adapter
+        return error(x).square().sum()
+
+    def share_missed(scale):
+        """For 1 to 2 m units, by the best of the restarts."""
+        x = scale * uniform(20000, m).repeat(rows, 1)
+        missed = error(x).detach().square().view(rows, -1).mean(1) / (4 * x.square().mean())
+        return missed.view(restarts, -1).amin(0).tolist()
+
+    train(weights, loss, steps, 1e-2)
+    near = share_missed(1)
+    far = share_missed(10)
+    what = f"share of −2x missed by 1 … {2 * m} units, trained, m = {m}, best of {restarts}"
+    numbers = {
+        f"rank of ∂g/∂x at widths {widths}, at most": ranks,
+        what: near,
+        "the same, in ten times the range trained on": far,
+    }
+    units = range(1, 2 * m + 1)
+    floor = [max(1 - k / m, 0) for k in units]
+    curves = {
+        "in the range trained on": (units, near),
+        "in ten times that": (units, far),
+        "floor 1 − k/m": (units, floor),
+    }
+    axes = {"xlabel": "width k of the bottleneck", "ylabel": "share of −2x missed"}
+    axes["title"] = f"inverting {m} numbers"
+    return numbers, [Panel(axes, curves)]
+
+
+def largest_rank(width):
+    """The largest rank of ∂g/∂x at 300 points, for one random ω of a bottleneck."""
+    h = dmash.Hypernetwork(d_x=64, bottleneck=width).double()
+    omega = h(torch.randn(1, 8).double())
+
+    def g(x):
+        return adapter(x[None], omega)[0]
+
+    jacobians = vmap(jacrev(g))(3 * torch.randn(300, 64).double())  # (300, 64, 64)
+    return torch.linalg.matrix_rank(jacobians).max().item()
+
+
+# ---- A.6: noise of the code ---------------------------------------------------------------------
+
+SIGMAS = [0, 0.01, 0.03, 0.1, 0.3, 1]
 
 
 def a6(seed, steps=1000, networks=8, n=10000):
-    """A.6, argued in the paper: noise of the code flips a network on [s; z], which must switch pieces to follow
-    the mode, and moves one with an adapter in proportion. Both see the same data; their parameters are equally many."""
-    adapted = lambda: dmash.Network(1, 1, d_x=32, make_own=lambda: dmash.Hypernetwork(1, 16, 32, 4))
-    concat = lambda d_x: dmash.Network(1, 1, d_x=d_x, how="concat", d_told=1)
-    size = lambda network: sum(p.numel() for p in network.parameters())
-    d_x = min(range(1, 120), key=lambda d_x: abs(size(concat(d_x)) - size(adapted())))
-    sigmas, line = [0, 0.01, 0.03, 0.1, 0.3, 1], torch.linspace(-1.5, 1.5, 301)
-    numbers = {"parameters, adapter and concatenation": [size(adapted()), size(concat(d_x))], "noise σ": sigmas}
-    panels, profiles = [], {}
-    for task, code in (("z = ±1", lambda *shape: uniform(*shape).sign()), ("−1 ≤ z ≤ 1", uniform)):
+    """A.6, an argument of the paper: noise of z flips a network on [s; z], but not an adapter.
+
+    Claim: a network on [s; z] switches pieces to follow the mode, so noise flips its output near
+    an edge. The output of a network with an adapter moves in proportion to the noise.
+    Built: several networks of both kinds. They have equally many parameters and learn s·z from the
+    same data, once with z = ±1 and once with all z in [-1, 1].
+    Measured: the mean error under noise σε of z, ε normal; the steepest slope by z at s = 1.
+    It holds if the concatenation's errors and slopes are clearly larger. They are not.
+    """
+    d_x = min(range(1, 120), key=size_difference)
+    sizes = [size(with_adapter()), size(with_concatenation(d_x))]
+    numbers = {"parameters, adapter and concatenation": sizes, "noise σ": SIGMAS}
+    kinds = {"adapter": with_adapter, "concatenation": partial(with_concatenation, d_x)}
+    line = torch.linspace(-1.5, 1.5, 301)
+    panels = []
+    profiles = {}
+    for task, draw_z in (("z = ±1", uniform_sign), ("−1 ≤ z ≤ 1", uniform)):
         curves = {}
-        for kind, make in (("adapter", adapted), ("concatenation", lambda: concat(d_x))):
-            nets = [make() for _ in range(networks)]
-            p = stack_module_state(nets)[0]
-            f = lambda s, z: vmap(lambda p, s, z: functional_call(nets[0], p, (s, z)))(p, s, z)
-            draw = lambda B=64: (uniform(networks, B, 1), code(networks, B, 1))
-            torch.manual_seed(seed)
-            train(p.values(), product_loss(f), draw, steps, 3e-3)
-            (s, z), noise = draw(n), torch.randn(networks, n, 1)
-            with torch.no_grad():
-                e = torch.stack([(f(s, z + sigma * noise) - s * z).abs().mean((1, 2)) for sigma in sigmas])
-                y = f(torch.ones(networks, 301, 1), line.repeat(networks, 1)[..., None])[..., 0]
-            numbers[f"{task}, {kind}: E|f(s, z + σε) − s·z|"] = e  # (σ, networks)
-            numbers[f"{task}, {kind}: largest |∂f/∂z|, s = 1"] = y.diff().abs().amax(1)[None] * 100
-            curves[kind] = sigmas[1:], e.mean(1)[1:], e.std(1)[1:]
-            profiles.setdefault(kind, (line[::20], y.mean(0)[::20], y.std(0)[::20]))
-        axes = dict(xscale="log", yscale="log", xlabel="noise σ", ylabel="E|f(s, z + σε) − s·z|, mean and s.d.")
-        panels.append((axes | dict(title=f"trained on {task}"), curves))
-    axes = dict(xlabel="z", ylabel="f(1, z), mean and s.d.", title="trained on z = ±1", ylim=(-1.5, 2.7))
-    return numbers, [*panels, (axes, profiles)]
-
-
-def a15(seed, run=TRAINED, steps=200, n=4000):
-    """A.15 on codes of n windows, drawn, of the policy of `run` in its train contexts; as acting reads them, and masked
-    and in random order as in training."""
-    cfg, agent = dmash.load_policy(run)
-    binary = [dim.binary for dim in aib_envs.lookup(cfg.env).context].index(True)
-    envs = aib_envs.VectorEnv(cfg.env, aib_envs.context_sets(cfg.env, cfg.contexts)["train"], seed=[seed, 2])
-    rollout = dmash.Rollout(agent, envs, noisy=False, capacity=cfg.K + steps)
-    for _ in range(steps):  # after a warm-up of K
-        rollout.collect()
-    c, t = torch.randint(envs.N, (n,)), torch.randint(cfg.K, cfg.K + steps + 1, (n,))
-    numbers, curves, parts = {}, {}, ["total", "noise", "spread", "separation"]
-    for name, of in (("untrained", dmash.new_agent(cfg)), ("trained", agent)):
-        for windows, noisy in (("masked", True), ("plain", False)):
-            with torch.no_grad():
-                z, _ = of.infer(rollout.replay.windows(c, t, noisy), noisy)
-            v = variability(z.numpy(), envs.c[c, binary], c.numpy())
-            numbers[f"{name} encoder, {windows} windows: {', '.join(parts)}, what is left"] = [*v, v[0] - sum(v[1:])]
-            curves[f"{name}, {windows}"] = parts, v
-    return numbers, [(dict(ylabel="(1/d_z) tr Cov(Z)", title=f"encoder of {cfg.env}", yscale="log"), curves)]
-
-
-class Steering(nn.Module):
-    """SAC's policy loss where, in context (S, U), an action of sign S and strength 1 + κU moves the state s, to be
-    brought to 0. Its gradient by ξ, of one sample, is the estimator G_Z; η stays as drawn."""
-
-    def __init__(self, kappa):
-        super().__init__()
-        self.kappa, self.pi = kappa, dmash.Actor(1, 1, d_x=16)
-        self.h = dmash.Hypernetwork(3, 16, 16, 4).requires_grad_(False)
-
-    def forward(self, s, z, c):
-        Q = lambda s, a, _: -(0.5 * s + c[:, :1] * (1 + self.kappa * c[:, 1:2]) * a).square()
-        return dmash.actor_loss(self.pi, Q, 0.01, self.h(z), dmash.Batch(s, *[None] * 5))[0]
-
-
-def a17(seed, steps=(0, 100, 300, 1000), n=200):
-    """A.17, A.18: if tr Cov(G_Z) ≤ V₀ + L_m² tr Cov(Z), less noise and less of U in Z lower the bound. V₀ is E tr
-    Cov(G | Z) and L_m the Lipschitz constant of E[G | Z], each the larger of Z = (S, U / 2, noise / 2) and its mean per
-    mode, which lets I(U; Z) fall from ln 5 to 0. The policy learns with Z; with the means, G is of the same policy and
-    the same random numbers."""
-    five, row = torch.linspace(-1, 1, 5), np.arange(50).repeat(n)
-    c, panels = torch.cartesian_prod(torch.tensor([-1.0, 1.0]), five, five), []  # S, U, noise: 50 rows, equally likely
-    codes = {"Z": c * torch.tensor([1, 0.5, 0.5]), "mean per mode": c * torch.tensor([1, 0, 0])}
-    of_z = np.array([z.var(0, correction=0).sum() for z in codes.values()])
-    numbers = {"tr Cov(Z), of Z and of its mean per mode": of_z}
-    for kappa, title in ((0, "U without effect"), (0.8, "strength 1 + .8 U")):
-        model, found, curves = Steering(kappa), [], {}
-        one = grad(lambda p, s, z, c: functional_call(model, p, (s[None], z[None], c[None])))
-        every = vmap(vmap(one, (None, 0, None, None), randomness="different"), (None, None, 0, 0), randomness="same")
-        some = lambda: (uniform(128, 1), codes["Z"][i := torch.randint(50, (128,))], c[i])
-        for before, after in zip((0, *steps), steps):
-            train(model.pi.parameters(), model, some, after - before, 3e-3)
-            p = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-            for name, z in codes.items():
-                torch.manual_seed(seed)
-                G = torch.cat([g.flatten(2) for g in every(p, uniform(n, 1), z, c).values()], 2)  # (50, n, |ξ|)
-                total, noise, spread, _ = variability(G.flatten(0, 1), c[row, 0].numpy(), row)
-                m = G.mean(1) if name == "Z" else G.view(2, -1, G.shape[2]).mean(1).repeat_interleave(25, 0)
-                slopes = (m[:, None] - m).norm(dim=2) / (z[:, None] - z).norm(dim=2)  # 0 / 0 where codes are equal
-                inner = noise + (0 if name == "Z" else spread)
-                found.append((total * G.shape[2], inner * G.shape[2], slopes.nan_to_num(0, 0, 0).max()))
-        variance, inner, L_m = np.array(found).reshape(-1, 2, 3).T  # (2 codes, stages) each
-        bound = inner.max(0) + L_m.max(0) ** 2 * of_z[:, None]
-        for name, *values in zip(codes, variance, inner, bound):
-            for what, x in zip(("tr Cov(G)", "of it E tr Cov(G | Z)", "bound"), values):
-                numbers[f"{title}, {name}: {what} after {list(steps)} steps"] = x
-            curves |= {name: (steps, values[0]), f"bound, {name}": (steps, values[2])}
-        panels.append((dict(title=title, xlabel="steps of training with Z", ylabel="tr Cov(G)", yscale="log"), curves))
+        for kind, make in kinds.items():
+            f = Ensemble([make() for _ in range(networks)])
+            torch.manual_seed(seed)  # the same data for both kinds
+            train(f.weights.values(), partial(f.loss, draw_z), steps, 3e-3)
+            errors = f.errors_under_noise(draw_z, n)  # (σ, networks)
+            y = f.at_s_equal_1(line)  # (networks, 301)
+            slopes = y.diff().abs().amax(1) * 100  # the line's steps are 1/100
+            numbers[f"{task}, {kind}: E|f(s, z + σε) − s·z|"] = errors
+            numbers[f"{task}, {kind}: largest |∂f/∂z|, s = 1"] = slopes[None]
+            curves[kind] = (SIGMAS[1:], errors.mean(1)[1:], errors.std(1)[1:])
+            if task == "z = ±1":
+                profiles[kind] = (line[::20], y.mean(0)[::20], y.std(0)[::20])
+        axes = {"title": f"trained on {task}", "xlabel": "noise σ", "xscale": "log"}
+        axes |= {"ylabel": "E|f(s, z + σε) − s·z|, mean and s.d.", "yscale": "log"}
+        panels.append(Panel(axes, curves))
+    axes = {"xlabel": "z", "ylabel": "f(1, z), mean and s.d.", "ylim": (-1.5, 2.7)}
+    panels.append(Panel(axes | {"title": "trained on z = ±1"}, profiles))
     return numbers, panels
 
 
-THEOREMS = dict(a1=a1, a2=a2, a5=a5, a6=a6, a15=a15, a17=a17)
+def uniform_sign(*shape):
+    return uniform(*shape).sign()
+
+
+def with_adapter():
+    return dmash.Network(1, 1, d_x=32, make_own=partial(dmash.Hypernetwork, 1, 16, 32, 4))
+
+
+def with_concatenation(d_x):
+    return dmash.Network(1, 1, d_x=d_x, use="concat", d_context=1)
+
+
+def size(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def size_difference(d_x):
+    return abs(size(with_concatenation(d_x)) - size(with_adapter()))
+
+
+class Ensemble:
+    """Networks of one kind, each with its own weights; trained and called side by side."""
+
+    def __init__(self, networks):
+        self.network = networks[0]
+        self.weights, _ = stack_module_state(networks)
+        self.count = len(networks)
+
+    def __call__(self, s, z):
+        """s and z (networks, B, 1) -> (networks, B, 1)."""
+        return vmap(self.one)(self.weights, s, z)
+
+    def one(self, weights, s, z):
+        return functional_call(self.network, weights, (s, z))
+
+    def draw(self, draw_z, B):
+        return uniform(self.count, B, 1), draw_z(self.count, B, 1)
+
+    def loss(self, draw_z):
+        s, z = self.draw(draw_z, 64)
+        return (self(s, z) - s * z).square().sum()
+
+    @torch.no_grad()
+    def errors_under_noise(self, draw_z, n):
+        """E|f(s, z + σε) - s·z|: (σ, networks)."""
+        s, z = self.draw(draw_z, n)
+        noise = torch.randn(self.count, n, 1)
+        errors = [(self(s, z + sigma * noise) - s * z).abs().mean((1, 2)) for sigma in SIGMAS]
+        return torch.stack(errors)
+
+    @torch.no_grad()
+    def at_s_equal_1(self, z):
+        """f(1, z) for z (B,): (networks, B)."""
+        s = torch.ones(self.count, len(z), 1)
+        return self(s, z.repeat(self.count, 1)[..., None])[..., 0]
+
+
+# ---- A.15: the parts of Variability -------------------------------------------------------------
+
+
+def a15(seed, run=TRAINED, steps=200, n=4000):
+    """A.15: Variability is within-context noise, within-mode spread and between-mode separation.
+
+    Claim: tr Cov(Z) = E tr Cov(Z|C) + E_S tr Cov(E[Z|C] | S) + tr Cov(E[Z|S]).
+    Built: codes of n windows, drawn while the policy of `run` acts in its training contexts. They
+    come from its encoder and from an untrained one. Windows are read as in training, masked and
+    in random order, and as in evaluation.
+    Measured: both sides, each part by itself.
+    It holds if nothing but rounding is left when the parts are subtracted from the total.
+    """
+    cfg, agent = dmash.load_policy(run)
+    contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
+    envs = aib_envs.VectorEnv(cfg.env, contexts, seed=[seed, 2])
+    rollout = dmash.Rollout(agent, envs, noisy=False, capacity=cfg.K + steps)
+    for _ in range(steps):  # the first one begins with a warm-up of K steps
+        rollout.collect()
+    c = torch.randint(envs.N, (n,))
+    t = torch.randint(cfg.K, cfg.K + steps + 1, (n,))
+    binary = [dim.binary for dim in aib_envs.lookup(cfg.env).context]
+    modes = envs.c[c, binary.index(True)]
+    parts = ["total", "noise", "spread", "separation"]
+    numbers = {}
+    curves = {}
+    for name, encoder in (("untrained", dmash.new_agent(cfg)), ("trained", agent)):
+        for windows, noisy in (("masked", True), ("plain", False)):
+            with torch.no_grad():
+                z, _ = encoder.infer(rollout.replay.windows(c, t, noisy), noisy)
+            values = variability(z.numpy(), modes, c.numpy())
+            left = values[0] - sum(values[1:])
+            what = f"{name} encoder, {windows} windows: {', '.join(parts)}, what is left"
+            numbers[what] = [*values, left]
+            curves[f"{name}, {windows}"] = (parts, values)
+    axes = {"ylabel": "(1/d_z) tr Cov(Z)", "yscale": "log", "title": f"encoder of {cfg.env}"}
+    return numbers, [Panel(axes, curves)]
+
+
+# ---- A.17, A.18: variance of the policy gradient ------------------------------------------------
+
+
+def a17(seed, steps=(0, 100, 300, 1000), n=200):
+    """A.17, A.18: less noise and less of U in Z lower a bound on the policy gradient's variance.
+
+    Claim: if tr Cov(G_Z) ≤ V₀ + L_m² tr Cov(Z), the bound falls when Z is replaced by its mean per
+    mode. Information about U is lost at once: here I(U; Z) falls from ln 5 to 0.
+    Built: a policy steers (class Steering), once where U has no effect and once where it has one.
+    It learns with Z = (S, U/2, noise/2). G_Z is the gradient by ξ of one sample.
+    Measured: tr Cov(G), its part E tr Cov(G|Z), and the bound, of Z and of its mean per mode. Both
+    are of the same policy and random numbers. V₀ is E tr Cov(G|Z) and L_m the Lipschitz constant
+    of E[G|Z], each the larger of the two codes'.
+    It holds if tr Cov(G) is below its bound, and the bound is lower for the mean per mode.
+    """
+    five = torch.linspace(-1, 1, 5)
+    c = torch.cartesian_prod(torch.tensor([-1.0, 1.0]), five, five)  # (50, 3): S, U, noise
+    codes = {
+        "Z": c * torch.tensor([1, 0.5, 0.5]),
+        "mean per mode": c * torch.tensor([1, 0, 0]),
+    }
+    traces = np.array([z.var(0, correction=0).sum() for z in codes.values()])
+    numbers = {"tr Cov(Z), of Z and of its mean per mode": traces}
+    panels = []
+    for kappa, title in ((0, "U without effect"), (0.8, "strength 1 + .8 U")):
+        model = Steering(kappa)
+        found = []
+        trained = 0
+        for step in steps:
+            loss = partial(model.batch_loss, codes["Z"], c)
+            train(model.pi.parameters(), loss, step - trained, 3e-3)
+            trained = step
+            for z in codes.values():
+                torch.manual_seed(seed)
+                found.append(moments(model.gradients(z, c, n), z))
+        found = np.array(found).reshape(len(steps), len(codes), 3)
+        variance, inner, lipschitz = found.transpose(2, 1, 0)  # (codes, steps) each
+        bound = inner.max(0) + lipschitz.max(0) ** 2 * traces[:, None]
+        curves = {}
+        for i, name in enumerate(codes):
+            after = f"after {list(steps)} steps"
+            numbers[f"{title}, {name}: tr Cov(G) {after}"] = variance[i]
+            numbers[f"{title}, {name}: of it E tr Cov(G | Z) {after}"] = inner[i]
+            numbers[f"{title}, {name}: bound {after}"] = bound[i]
+            curves[name] = (steps, variance[i])
+            curves[f"bound, {name}"] = (steps, bound[i])
+        axes = {"title": title, "xlabel": "steps of training with Z"}
+        panels.append(Panel(axes | {"ylabel": "tr Cov(G)", "yscale": "log"}, curves))
+    return numbers, panels
+
+
+class Steering(nn.Module):
+    """A task of one step: in context (S, U) an action moves the state s, which is to become 0.
+
+    The action counts with sign S and strength 1 + κU. The loss is SAC's policy loss. The weights
+    ξ of the policy are trained, the hypernetwork's stay as they were drawn.
+    """
+
+    def __init__(self, kappa):
+        super().__init__()
+        self.kappa = kappa
+        self.pi = dmash.Actor(1, 1, d_x=16)
+        self.h = dmash.Hypernetwork(3, 16, 16, 4).requires_grad_(False)
+
+    def forward(self, s, z, c):
+        """The loss of samples s (B, 1), with codes z (B, 3) in contexts c (B, 3)."""
+        effect = c[:, :1] * (1 + self.kappa * c[:, 1:2])
+
+        def Q(s, a, omega):
+            return -(0.5 * s + effect * a).square()
+
+        batch = dmash.Batch(s, a=None, ds=None, r=None, tau=None, c=None)
+        loss, _ = dmash.actor_loss(self.pi, Q, 0.01, self.h(z), batch)
+        return loss
+
+    def batch_loss(self, z, c):
+        s = uniform(128, 1)
+        i = torch.randint(len(c), (128,))
+        return self(s, z[i], c[i])
+
+    def gradients(self, z, c, n):
+        """The loss's gradients by ξ of n single samples in each row of z, c: (rows, n, |ξ|)."""
+        weights = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+        def loss(weights, s, z, c):
+            return functional_call(self, weights, (s[None], z[None], c[None]))
+
+        of_samples = vmap(grad(loss), (None, 0, None, None), randomness="different")
+        of_rows = vmap(of_samples, (None, None, 0, 0), randomness="same")
+        parts = of_rows(weights, uniform(n, 1), z, c)
+        return torch.cat([part.flatten(2) for part in parts.values()], 2)
+
+
+def moments(G, z):
+    """tr Cov(G), E tr Cov(G|Z) and the Lipschitz constant of E[G|Z].
+
+    G (rows, n, |ξ|) are the gradients of the codes z (rows, 3), some of which may be equal.
+    """
+    rows, n, d = G.shape
+    values, code = torch.unique(z, dim=0, return_inverse=True)
+    label = code.repeat_interleave(n).numpy()
+    variance, inner, _, _ = variability(G.flatten(0, 1), label, label)
+    means = torch.stack([G[code == i].mean((0, 1)) for i in range(len(values))])
+    slopes = torch.pdist(means) / torch.pdist(values)
+    return variance * d, inner * d, slopes.max()
+
+
+# ---- Output and command line --------------------------------------------------------------------
+
+THEOREMS = {"a1": a1, "a2": a2, "a5": a5, "a6": a6, "a15": a15, "a17": a17}
+LOOKS = (  # of a panel's curves, which the colour-blind can tell apart, and readers in grey
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "^", "linestyle": "--"},
+    {"color": "k", "marker": "x", "linestyle": ":"},
+    {"color": "#009E73", "marker": "s", "linestyle": "-."},
+)
 
 
 def show(x):
-    """A number, a list of them, or mean and standard deviation of each row."""
+    """A number or a list of them; of each row of a matrix, mean and standard deviation."""
     if np.ndim(x) == 2:
         return ", ".join(f"{row.mean():.4f} ± {row.std():.4f}" for row in x)
     return ", ".join(f"{number:.3g}" for number in np.ravel(x))
 
 
-def draw_panels(figure, panels):
-    looks = list(zip(("#0072B2", "#D55E00", "k", "#009E73"), "o^xs", ("-", "--", ":", "-.")))  # colour-blind, or grey
-    for ax, (axes, content) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        if isinstance(content, np.ndarray):
-            image = ax.imshow(content, origin="lower", extent=(-1, 1, -1, 1), cmap="cividis", interpolation="none")
+def draw(panels):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4.5 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, panel in zip(axes, panels):
+        if panel.image is not None:
+            extent = (-1, 1, -1, 1)
+            image = ax.imshow(panel.image, cmap="cividis", origin="lower", extent=extent)
             figure.colorbar(image, ax=ax)
-        else:
-            for (label, (x, y, *spread)), (colour, marker, line) in zip(content.items(), looks):
-                line = "" if len(x) > 50 or isinstance(x[0], str) else line
-                ax.errorbar(x, y, *spread, color=colour, marker=marker, markersize=4, linestyle=line, label=label)
+        for look, (label, curve) in zip(LOOKS, panel.curves.items()):
+            x = curve[0]
+            if len(x) > 50 or isinstance(x[0], str):  # a cloud of points, or words
+                look = look | {"linestyle": "none"}
+            ax.errorbar(*curve, **look, markersize=4, label=label)
+        if panel.curves:
             ax.legend(fontsize="small")
-        ax.set(**axes)
+        ax.set(**panel.axes)
+    return figure
 
 
 def run_command(args):
-    names, out, text = args.names or list(THEOREMS), Path(args.out), ""
-    for name in set(names) - set(THEOREMS):
-        raise dmash.BadInput(aib_envs.unknown("theorem", name, list(THEOREMS)))
-    seed = dmash.number("--seed", args.seed, int, "[0, 4294967295]")
-    out.mkdir(parents=True, exist_ok=True)
+    names = args.names or list(THEOREMS)
+    for name in names:
+        if name not in THEOREMS:
+            raise dmash.BadInput(aib_envs.unknown("theorem", name, list(THEOREMS)))
+    seed = dmash.number("--seed", args.seed, int, 0, 4294967295)
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # these tensors are small
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        Figure = print(f"no figures are drawn ({error})")
+    text = ""
     for name in names:
         torch.manual_seed(seed)
         numbers, panels = THEOREMS[name](seed)
-        part = "\n".join([name, *(f"    {what}: {show(x)}" for what, x in numbers.items()), ""])
-        print(part, flush=True)
-        text += part + "\n"
-        if Figure:
-            figure = Figure(figsize=(1 + 4.5 * len(panels), 4), layout="constrained")
-            draw_panels(figure, panels)
-            figure.savefig(out / f"{name}.png", dpi=90)
-    (out / "theory.txt").write_text(text, encoding="utf-8")
+        lines = [f"    {what}: {show(x)}" for what, x in numbers.items()]
+        block = "\n".join([name, *lines, ""])
+        print(block, flush=True)
+        text += block + "\n"
+        try:
+            figure = draw(panels)
+        except ImportError as error:
+            print(f"no figure is drawn ({error})")
+        else:
+            figure.savefig(args.out / f"{name}.png", dpi=90)
+    (args.out / "theory.txt").write_text(text, encoding="utf-8")
 
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    parser = dmash.Parser(prog="theory.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(THEOREMS)} (default: all)")
-    parser.add_argument("--out", default="results/inside/theory", help="folder to write into (default: %(default)s)")
+    layout = RawDescriptionHelpFormatter
+    parser = dmash.Parser(prog="theory.py", description=__doc__, formatter_class=layout)
+    names = ", ".join(THEOREMS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{names} (default: all)")
+    out = "results/inside/theory"
+    parser.add_argument("--out", type=Path, default=out, help="folder (default: %(default)s)")
     parser.add_argument("--seed", default=1, help="of everything random (default: %(default)s)")
     return dmash.exit_status("theory.py", lambda: run_command(parser.parse_args(argv)))
 
