@@ -3,132 +3,164 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-MARKERS = "ovsD"  # of modes, and of sets
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")  # Okabe and Ito's
+MARKERS = "ovsD"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
 LINES = ("-", "--", "-.", ":")
-INFORMATION = ("I(Z;S)", "I(Z;U|S)", "I(Z;C)")
 PARTS = ("variability", "noise", "spread", "separation")
+INFORMATION = ("I(Z;S)", "I(Z;U|S)", "I(Z;C)")
+SETS = ("train", "eval_in", "eval_out")
+RETURNS = ("return, own", "return, matching", "return, best", "return, other mode")
+PANELS = (  # of side_by_side: title, and (set, quantity) of each mark
+    ("return", [(which, "return") for which in SETS]),
+    ("return in a context, with ω …", [("", quantity) for quantity in RETURNS]),
+    ("variability, train", [("train", part) for part in PARTS]),
+    ("information, train (nats)", [("train", name) for name in INFORMATION]),
+    ("information, eval_out (nats)", [("eval_out", name) for name in INFORMATION]),
+)
 
 
-def heat_map(ax, matrix, space, form, low, high):
-    """A matrix of contexts as colours and numbers."""
-    labels = [", ".join(f"{value:g}" for value in context.values()) for context in space.few]
-    ax.imshow(matrix, cmap="cividis", vmin=low, vmax=high)
-    for (i, j), value in np.ndenumerate(matrix):
-        dark = value <= (low + high) / 2
-        ax.text(j, i, form.format(value), ha="center", va="center", color="w" if dark else "k", fontsize="small")
-    ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize="small")
-    ax.set_yticks(range(len(labels)), labels, fontsize="small")
-    ax.set(xlabel=(names := ", ".join(space.few[0])), ylabel=names)
+def of_run(name, space, shown):
+    """The figures of a run by their kinds."""
+    figures = {"adapter": adapter(space, *shown["adapter"])}
+    if "codes" in shown:
+        figures["codes"] = codes(space, *shown["codes"])
+    if "training" in shown:
+        figures["training"] = training(*shown["training"])
+    for figure in figures.values():
+        figure.suptitle(name, parse_math=False)
+    return figures
+
+
+def look_of(i):
+    """The look of the i-th line, which the colour-blind can tell apart, and readers in grey."""
+    i = i % len(COLOURS)
+    return {"color": COLOURS[i], "linestyle": LINES[i], "marker": MARKERS[i], "markersize": 4}
 
 
 def mode_label(mode):
-    return ", ".join(f"{name} {value:g}" for name, value in mode.items()) or "all contexts"
+    if not mode:
+        return "all contexts"
+    return ", ".join(f"{name} {value:g}" for name, value in mode.items())
 
 
-def codes(name, matrix, space, shown):
-    """Cosines of mean codes; the codes of 500 windows in the plane of the train set's first principal components."""
+def heat_map(ax, matrix, space, form):
+    """A matrix of the few contexts as colours and numbers."""
+    low = min(0, matrix.min())
+    middle = (low + matrix.max()) / 2
+    ax.imshow(matrix, cmap="cividis", vmin=low, vmax=matrix.max())
+    for (i, j), value in np.ndenumerate(matrix):
+        colour = "w" if value <= middle else "k"
+        text = format(value, form)
+        ax.text(j, i, text, ha="center", va="center", color=colour, fontsize="small")
+    labels = [", ".join(f"{value:g}" for value in context.values()) for context in space.few]
+    ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize="small")
+    ax.set_yticks(range(len(labels)), labels, fontsize="small")
+    return ", ".join(space.few[0])  # the names of the contexts
+
+
+def codes(space, cosines, samples):
+    """Cosines of mean codes; 500 codes in the plane of the train set's principal components."""
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     first, *axes = figure.subplots(1, 3, width_ratios=(1.1, 1, 1))
-    heat_map(first, matrix, space, "{:.2f}", min(0, matrix.min()), 1)
-    first.set_title("cosine of mean codes")
-    z = shown["train"][1]
-    _, size, rows = np.linalg.svd(z - z.mean(0), full_matrices=False)
-    share = size[:2] ** 2 / (size**2).sum()
+    names = heat_map(first, cosines, space, ".2f")
+    first.set(title="cosine of mean codes", xlabel=names, ylabel=names)
+    _, trained = samples["train"]
+    centre = trained.mean(0)
+    _, size, rows = np.linalg.svd(trained - centre, full_matrices=False)
+    share = size**2 / (size**2).sum()
     for ax, which in zip(axes, ("train", "eval_out")):
-        contexts, codes = (values[:500] for values in shown[which])
-        x, y = rows[:2] @ (codes - z.mean(0)).T
-        s, u = space.split(contexts)
+        contexts, z = samples[which]
+        x, y = rows[:2] @ (z[:500] - centre).T
+        s, u = space.split(contexts[:500])
+        u = u[:, 0]
+        colours = {"cmap": "viridis", "vmin": u.min(), "vmax": u.max()}
         for i, mode in enumerate(space.modes):
-            look = dict(marker=MARKERS[i % 4], cmap="viridis", vmin=u[:, 0].min(), vmax=u[:, 0].max(), s=22)
-            look |= dict(linewidths=0.3, edgecolors="k", label=mode_label(mode))
-            points = ax.scatter(x[s == i], y[s == i], c=u[s == i, 0], **look)
+            own = s == i
+            points = ax.scatter(x[own], y[own], c=u[own], marker=MARKERS[i % 4], **colours)
+            points.set_label(mode_label(mode))
         figure.colorbar(points, ax=ax, label=space.first.name)
-        ax.set(title=f"z, {which}", xlabel=f"first component ({share[0]:.0%} of variance, train)")
-        ax.set_ylabel(f"second component ({share[1]:.0%})")
+        ax.set(title=f"z, {which}", ylabel=f"second component ({share[1]:.0%})")
+        ax.set_xlabel(f"first component ({share[0]:.0%} of variance, train)")
         ax.legend(fontsize="small")
-    figure.suptitle(name, parse_math=False)
     return figure
 
 
-def adapter(name, space, values, a, s, returns):
-    """Mean action in three states, of median, large and largest actions, under what contexts tell; the cross-table."""
-    actions, strength = min(a.shape[-1], 2), np.abs(a).mean((0, 1, 3))
-    a, s = (np.take(x, np.argsort(strength)[[len(s) // 2, -len(s) // 10, -1]], axis) for x, axis in ((a, 2), (s, 0)))
+def adapter(space, values, a, s, returns):
+    """Mean action in three states under ω of each context; the cross-table of returns."""
+    strength = np.abs(a).mean((0, 1, 3))
+    order = np.argsort(strength)
+    states = order[[len(s) // 2, -len(s) // 10, -1]]  # of median, large and largest actions
+    actions = min(a.shape[-1], 2)
     figure = Figure(figsize=(15, 1.6 + 2.6 * actions), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
     axes = left.subplots(actions, 3, sharex=True, sharey=True, squeeze=False)
     for (row, column), ax in np.ndenumerate(axes):
         ax.axvspan(*space.first.train, color="0.92", zorder=0)
-        for i, mode in enumerate(space.modes):
-            look = dict(color=COLOURS[i % 6], linestyle=LINES[i % 4], marker=MARKERS[i % 4], markersize=3)
-            ax.plot(values, a[i, :, column, row], label=mode_label(mode), **look)
-        if row == 0:
-            state = " ".join(f"{x:.2f}" for x in s[column][:6]) + " …" * (s.shape[1] > 6)
-            ax.set_title(f"s = {state}", fontsize="small")
         ax.axhline(0, color="0.6", linewidth=0.8)
+        for i, mode in enumerate(space.modes):
+            ax.plot(values, a[i, :, states[column], row], label=mode_label(mode), **look_of(i))
+    for ax, state in zip(axes[0], states):
+        numbers = " ".join(f"{x:.2f}" for x in s[state][:6])
+        ax.set_title(f"s = {numbers} …" if s.shape[1] > 6 else f"s = {numbers}", fontsize="small")
     for ax in axes[-1]:
-        ax.set_xlabel(f"{space.first.name} of the context told")
+        ax.set_xlabel(f"{space.first.name} of the context ω is of")
     for row, ax in enumerate(axes[:, 0]):
         ax.set_ylabel(f"mean action {row + 1}")
-    left.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    handles = axes[0, 0].get_legend_handles_labels()
+    left.legend(*handles, loc="outside lower center", ncols=4, fontsize="small")
     ax = right.subplots()
-    heat_map(ax, returns, space, "{:.0f}", min(0, returns.min()), returns.max())
-    ax.set(xlabel=f"told of {ax.get_xlabel()}", ylabel=f"acting in {ax.get_ylabel()}", title="return")
-    figure.suptitle(name, parse_math=False)
+    names = heat_map(ax, returns, space, ".0f")
+    ax.set(title="return", xlabel=f"ω of {names}", ylabel=f"acting in {names}")
     return figure
 
 
-def training(name, numbers):
+def training(snapshots):
     """Variability and information of the train set at each snapshot."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     first, second = figure.subplots(1, 2)
+    steps = sorted(snapshots)
     for ax, quantities in ((first, PARTS), (second, INFORMATION)):
         for i, quantity in enumerate(quantities):
-            points = [(step, found[quantity]) for step, found in numbers.items() if quantity in found]
-            look = dict(color=COLOURS[i], linestyle=LINES[i], marker=MARKERS[i], markersize=4, label=quantity)
-            ax.plot(*zip(*points), **look) if points else None
+            values = [snapshots[step].get(quantity, np.nan) for step in steps]
+            ax.plot(steps, values, label=quantity, **look_of(i))
         ax.set_xlabel("gradient steps")
-    first.set_ylabel("variability and its parts")
-    first.set_ylim(bottom=0)
+    first.set(ylabel="variability and its parts", ylim=(0, None))
     second.axhline(np.log(2), color="0.5", linewidth=1, label="ln 2")
     second.set_ylabel("information (nats)")
-    for ax in (first, second):
-        ax.legend(fontsize="small")
-    figure.suptitle(name, parse_math=False)
+    first.legend(fontsize="small")
+    second.legend(fontsize="small")
     return figure
 
 
 def side_by_side(rows):
-    """Main quantities, a line for each run: by set, Variability by part, returns of the cross-table by what is told."""
-    names = list(dict.fromkeys(row["run"] for row in rows))
+    """The main quantities of all runs, a line for each run."""
     steps = {row["run"]: row["step"] for row in rows if row["set"] != "snapshot"}
-    sets = ("train", "eval_in", "eval_out")
-    told = ("own", "matching", "best", "other mode")
-    panels = [  # title, and by label the set and quantity
-        ("return", {which: (which, "return") for which in sets}),
-        ("return, told ω of …", {label: ("", f"return, {label}") for label in told}),
-        ("variability, train", {part: ("train", part) for part in PARTS}),
-        *((f"information, {which} (nats)", {name: (which, name) for name in INFORMATION}) for which in sets[::2]),
-    ]
-    found = {(row["run"], row["set"], row["quantity"]): row["value"] for row in rows if not row["context"]}
-    panels = [(title, lines) for title, lines in panels if any(key[1:] in lines.values() for key in found)]
-    figure = Figure(figsize=(3 + 2.6 * len(panels), 2.2 + 0.32 * len(names)), layout="constrained")
+    found = {}
+    for row in rows:
+        if not row["context"]:
+            found[row["run"], row["set"], row["quantity"]] = row["value"]
+    there = {key[1:] for key in found}
+    panels = [(title, keys) for title, keys in PANELS if there.intersection(keys)]
+    size = (3 + 2.6 * len(panels), 2.2 + 0.32 * len(steps))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (title, lines) in zip(axes, panels):
-        for i, (label, key) in enumerate(lines.items()):
-            x = [found.get((name, *key), np.nan) for name in names]
-            places = np.arange(len(names)) + 0.14 * (i - 1)  # lest equal values hide each other
-            ax.plot(x, places, MARKERS[i], color=COLOURS[i], markersize=5, linestyle="", label=label)
+    for ax, (title, keys) in zip(axes, panels):
+        for i, (which, quantity) in enumerate(keys):
+            x = [found.get((run, which, quantity), np.nan) for run in steps]
+            y = np.arange(len(steps)) + 0.14 * (i - 1)  # lest equal values hide each other
+            name = which if quantity == "return" else quantity.removeprefix("return, ")
+            ax.plot(x, y, **look_of(i) | {"linestyle": "none"}, label=name)
         if title.startswith("information"):
             ax.axvline(np.log(2), color="0.5", linewidth=1, label="ln 2")
         if title.startswith("variability"):
             ax.set_xscale("log")
         else:
-            ax.set_xlim(min(0, ax.get_xlim()[0]), 1.08 * ax.get_xlim()[1])
+            low, high = ax.get_xlim()
+            ax.set_xlim(min(0, low), 1.08 * high)
         ax.grid(axis="y", color="0.9")
         ax.set_title(title, fontsize="medium")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize="small")
-    axes[0].set_yticks(range(len(names)), [f"{name}\nstep {steps[name]:,}" for name in names], fontsize="small")
-    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    labels = [f"{run}\nstep {step:,}" for run, step in steps.items()]
+    axes[0].set_yticks(range(len(steps)), labels, fontsize="small")
+    axes[0].set_ylim(len(steps) - 0.5, -0.5)
     return figure

@@ -38,9 +38,13 @@ def test_information_of_gaussians(rho):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2000, 2))
     y = rho * x + math.sqrt(1 - rho**2) * rng.normal(size=(2000, 2))
-    scaled = np.stack([1000 * y[:, 0] + 7, y[:, 1] / 1000, np.full(2000, 3.0)], -1)  # the last tells nothing
+    scaled = np.stack(
+        [1000 * y[:, 0] + 7, y[:, 1] / 1000, np.full(2000, 3.0)], -1
+    )  # the last tells nothing
     for other in (y, scaled):
-        assert mutual_information.continuous(x, other) == pytest.approx(-math.log(1 - rho**2), abs=0.08)
+        assert mutual_information.continuous(x, other) == pytest.approx(
+            -math.log(1 - rho**2), abs=0.08
+        )
 
 
 @pytest.mark.parametrize("apart", [0.0, 1.0, 3.0, 50.0])
@@ -118,8 +122,13 @@ def test_contexts_are_drawn_from_their_sets(env):
             trained = (x >= dim.train[0]) & (x <= dim.train[1])
             assert trained.all() if which != "eval_out" else not trained.any()
             low, high = dim.train if which != "eval_out" else dim.extrapolation
-            assert low <= x.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < x.max() <= high
-            middle = np.mean(x < (low + high) / 2)  # uniform: as much of the range as lies below its middle
+            assert (
+                low <= x.min() < low + 0.02 * (high - low)
+                and high - 0.02 * (high - low) < x.max() <= high
+            )
+            middle = np.mean(
+                x < (low + high) / 2
+            )  # uniform: as much of the range as lies below its middle
             assert middle == pytest.approx(0.4 / 0.88 if low == 0.1 else 0.5, abs=0.05)
 
 
@@ -127,10 +136,17 @@ def test_contexts_are_drawn_from_their_sets(env):
 def test_a_softmax_of_four_numbers_counts_as_three(method, size, monkeypatch):
     seen = []
     for name in ("continuous", "discrete"):
-        monkeypatch.setattr(mutual_information, name, lambda z, other: seen.append((z.shape, len(other))) or 0.0)
+        monkeypatch.setattr(
+            mutual_information, name, lambda z, other: seen.append((z.shape, len(other))) or 0.0
+        )
     _, _, codes = inside.information(agent_of(method=method), inside.Space("di_inv"), "train", 20)
     assert codes.shape == (20, 8)  # whole, to be drawn
-    assert seen == [((20, size), 20), ((10, size), 10), ((10, size), 10), ((20, size), 20)]  # each mode, and all
+    assert seen == [
+        ((20, size), 20),
+        ((10, size), 10),
+        ((10, size), 10),
+        ((20, size), 20),
+    ]  # each mode, and all
 
 
 @pytest.mark.parametrize("env, sign", [("di_inv", "action_factor"), ("di_perm", "swap")])
@@ -138,14 +154,23 @@ def test_undone_is_one_where_the_policy_undoes_the_mode(env, sign):
     agent = agent_of(env=env, method="concat")
 
     def act(s, told, noisy):
-        a, mode = s[:, :2].clamp(-0.9, 0.9), told[:, 1].repeat_interleave(len(s) // len(told))[:, None]
-        return torch.where(mode == 1, a, -a if sign == "action_factor" else a.flip(-1)) if undoing else a
+        a, mode = (
+            s[:, :2].clamp(-0.9, 0.9),
+            told[:, 1].repeat_interleave(len(s) // len(told))[:, None],
+        )
+        return (
+            torch.where(mode == 1, a, -a if sign == "action_factor" else a.flip(-1))
+            if undoing
+            else a
+        )
 
     agent.act = act
     for undoing in (True, False):
         values, a, s, found = inside.mean_actions(agent, inside.Space(env))
         assert a.shape == (2, len(values), len(s), 2)
-        assert a[1] == pytest.approx(np.clip(s[:, :2], -0.9, 0.9)[None].repeat(len(values), 0), abs=1e-6)
+        assert a[1] == pytest.approx(
+            np.clip(s[:, :2], -0.9, 0.9)[None].repeat(len(values), 0), abs=1e-6
+        )
         assert found["undone"] == pytest.approx(1) if undoing else found["undone"] < 0.9
 
 
@@ -163,7 +188,9 @@ def test_a_cell_of_the_cross_table_is_acting_in_one_context_told_of_another(monk
             s, r, done = envs.step(a.numpy())
             total += r.item()
         assert returns[c, told, episode] == pytest.approx(total, abs=1e-3)
-    assert own[:, [1, 0]] == pytest.approx(returns[range(6), range(6)], abs=1e-3)  # told c: nothing to infer
+    assert own[:, [1, 0]] == pytest.approx(
+        returns[range(6), range(6)], abs=1e-3
+    )  # told c: nothing to infer
 
 
 # ---- The program ------------------------------------------------------------------------------------------------
@@ -180,25 +207,38 @@ def test_all_files_are_written(short, tmp_path):
     ours, da, out = run_of(tmp_path), run_of(tmp_path, method="da"), tmp_path / "out"
     (ours / "policies").mkdir()
     for step in (100, 20):
-        torch.save(torch.load(ours / "policy.pt") | {"step": step}, ours / "policies" / f"{step}.pt")
+        torch.save(
+            torch.load(ours / "policy.pt") | {"step": step}, ours / "policies" / f"{step}.pt"
+        )
     (ours / "metrics.csv").write_text("step,train,eval_in,eval_out\n0,1,2,3\n20,4,5,6\n")
     assert inside.main([str(ours), str(da), "--windows", "100", "--out", str(out)]) == 0
     figures = [f"{ours.name}_{kind}.png" for kind in ("codes", "adapter", "training")]
     names = {"inside.csv", "side_by_side.png", f"{da.name}_adapter.png", *figures}
     assert {file.name for file in out.iterdir()} == names
     rows = list(csv.DictReader((out / "inside.csv").read_text().splitlines()))
-    value = {(row["step"], row["set"], row["quantity"]): float(row["value"]) for row in rows if row["run"] == ours.name}
+    value = {
+        (row["step"], row["set"], row["quantity"]): float(row["value"])
+        for row in rows
+        if row["run"] == ours.name
+    }
     for which in dmash.SETS:
         parts = (value["0", which, part] for part in ("noise", "spread", "separation"))
         assert value["0", which, "variability"] == pytest.approx(sum(parts), abs=1e-6)
     assert value["20", "snapshot", "I(Z;S)"] == value["100", "snapshot", "I(Z;S)"]
     assert (
-        value["0", "eval_out", "return"] == 3 and inside.returns_beside(ours / "policies" / "20.pt", 20)["train"] == 4
+        value["0", "eval_out", "return"] == 3
+        and inside.returns_beside(ours / "policies" / "20.pt", 20)["train"] == 4
     )
     of_da = {row["quantity"] for row in rows if row["run"] == da.name}
-    assert of_da >= {"undone", "return, best", "return, other mode"} and not of_da & {"variability", "cosine", "I(Z;C)"}
+    assert of_da >= {"undone", "return, best", "return, other mode"} and not of_da & {
+        "variability",
+        "cosine",
+        "I(Z;C)",
+    }
     cells = [row for row in rows if row["run"] == ours.name and row["quantity"] == "cosine"]
-    assert len(cells) == 36 and {row["value"] for row in cells if row["context"] == row["other"]} == {"1"}
+    assert len(cells) == 36 and {
+        row["value"] for row in cells if row["context"] == row["other"]
+    } == {"1"}
 
 
 def test_numbers_need_no_matplotlib(short, tmp_path, capsys, monkeypatch):
@@ -207,8 +247,13 @@ def test_numbers_need_no_matplotlib(short, tmp_path, capsys, monkeypatch):
     assert inside.main([str(run), "--windows", "100", "--out", str(out)]) == 0
     assert "no figures are drawn" in capsys.readouterr().out
     assert [file.name for file in out.iterdir()] == ["inside.csv"]
-    quantities = {row["quantity"] for row in csv.DictReader((out / "inside.csv").read_text().splitlines())}
-    assert {"I(Z;C)", "cosine, same mode"} <= quantities  # without a binary context there is one mode
+    quantities = {
+        row["quantity"] for row in csv.DictReader((out / "inside.csv").read_text().splitlines())
+    }
+    assert {
+        "I(Z;C)",
+        "cosine, same mode",
+    } <= quantities  # without a binary context there is one mode
     assert not {"I(Z;S)", "I(Z;U|S)", "undone", "return, other mode"} & quantities
 
 
@@ -223,7 +268,10 @@ def test_refusals_are_one_line(tmp_path, capsys):
     for arguments, message in (
         ([], "required: RUN"),
         ([tmp_path / "nowhere"], "nowhere: no such file; allowed: a run folder"),
-        ([ours, dr], "di_inv__dr__s1: dr is told nothing of the context; allowed: any other method"),
+        (
+            [ours, dr],
+            "di_inv__dr__s1: dr is told nothing of the context; allowed: any other method",
+        ),
         ([ours, ours / "policy.pt"], "give only one of them"),
         ([ours, "--windows", "50"], "--windows 50: must be a whole number in [100, 5000]"),
         ([ours, "--out", tmp_path / "file"], "file: File exists"),
