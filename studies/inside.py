@@ -56,7 +56,6 @@ import dmash  # noqa: E402
 EPISODES = 4  # in each context, for mean codes and Variability
 CROSS_EPISODES = 8  # in each cell of the cross-table
 PAPER = {"mass": (0.8, 1.0, 1.3)}  # the values of the paper's cosines
-PARTS = ("variability", "noise", "spread", "separation")
 HEAD = ("run", "env", "method", "seed", "step", "set", "quantity", "context", "other", "value")
 
 
@@ -70,36 +69,34 @@ class Space:
         self.continuous = [dim for dim in spec.context if not dim.binary]
         if not self.continuous:
             raise dmash.BadInput(f"{env}: has no continuous context")
-        names = [dim.name for dim in self.binary]
+        self.names = [dim.name for dim in self.continuous]
         modes = itertools.product(*[dim.train for dim in self.binary])
-        self.modes = [dict(zip(names, mode)) for mode in modes]  # [{}] without binary contexts
+        self.modes = [dict(zip([dim.name for dim in self.binary], mode)) for mode in modes]
         self.first = self.continuous[0]
         low, high = self.first.train
         self.few = self.mesh(PAPER.get(self.first.name, (low, (low + high) / 2, high)))
 
+    def context(self, mode, values):
+        """A mode, {} without binary contexts, with values of the continuous contexts."""
+        return dict(zip(self.names, map(float, values))) | mode
+
     def mesh(self, values):
         """Each mode with each value of the first continuous dimension; the others at default."""
-        rest = {dim.name: dim.default for dim in self.continuous}
-        contexts = []
-        for mode in self.modes:
-            contexts += [rest | {self.first.name: float(value)} | mode for value in values]
-        return contexts
+        rest = [dim.default for dim in self.continuous[1:]]
+        return [self.context(mode, [value, *rest]) for mode in self.modes for value in values]
 
     def split(self, contexts):
         """S and U: the number of the mode (n,) and the continuous values (n, d_u)."""
         modes = [{dim.name: context[dim.name] for dim in self.binary} for context in contexts]
         s = [self.modes.index(mode) for mode in modes]
-        u = [[context[dim.name] for dim in self.continuous] for context in contexts]
+        u = [[context[name] for name in self.names] for context in contexts]
         return np.array(s), np.array(u)
 
     def draw(self, which, n, rng):
         """n contexts of a set: the modes take turns, continuous values are uniform."""
         columns = [draw_values(dim, which, n, rng) for dim in self.continuous]
-        names = [dim.name for dim in self.continuous]
-        contexts = []
-        for i, values in enumerate(zip(*columns)):
-            contexts.append(dict(zip(names, map(float, values))) | self.modes[i % len(self.modes)])
-        return contexts
+        modes = itertools.cycle(self.modes)
+        return [self.context(mode, values) for mode, values in zip(modes, zip(*columns))]
 
 
 def draw_values(dim, which, n, rng):
@@ -155,7 +152,7 @@ def variability(agent, space, which):
     c = np.arange(len(contexts)).repeat(codes.shape[1])
     s, _ = space.split(contexts)
     values = mutual_information.variability(codes.reshape(len(c), -1), s[c], c)
-    return dict(zip(PARTS, values))
+    return dict(zip(("variability", "noise", "spread", "separation"), values))
 
 
 def information(agent, space, which, n):
@@ -170,15 +167,15 @@ def information(agent, space, which, n):
     if agent.method.output_norm and not agent.method.kl:
         # SimNorm: each group sums to 1, so one number of each tells nothing new.
         z = codes.reshape(n, -1, agent.g.GROUP)[..., :-1].reshape(n, -1)
-    if not space.binary:
-        return {"I(Z;C)": mutual_information.continuous(z, u)}, contexts, codes
-    modes = [s == mode for mode in np.unique(s)]
-    within = [mutual_information.continuous(z[mode], u[mode]) for mode in modes]
-    found = {
-        "I(Z;S)": mutual_information.discrete(z, s),
-        "I(Z;U|S)": float(np.mean(within)),
-        "I(Z;C)": mutual_information.continuous(z, np.column_stack([u, s])),
-    }
+    found = {}
+    c = u
+    if space.binary:
+        found["I(Z;S)"] = mutual_information.discrete(z, s)
+        modes = [s == mode for mode in np.unique(s)]
+        within = [mutual_information.continuous(z[mode], u[mode]) for mode in modes]
+        found["I(Z;U|S)"] = float(np.mean(within))
+        c = np.column_stack([u, s])
+    found["I(Z;C)"] = mutual_information.continuous(z, c)
     return found, contexts, codes
 
 
@@ -267,82 +264,73 @@ def returns_beside(path, step):
 # ---- The table of a run -------------------------------------------------------------------------
 
 
-class Table:
-    """The rows of one run in inside.csv."""
-
-    def __init__(self, name, agent):
-        self.run = (name, agent.cfg.env, agent.cfg.method, agent.cfg.seed)
-        self.step = agent.step
-        self.rows = []
-
-    def add(self, quantity, value, which="", context="", other="", step=None):
-        step = self.step if step is None else step
-        row = (*self.run, step, which, quantity, context, other, value)
-        self.rows.append(dict(zip(HEAD, row)))
-
-    def add_all(self, numbers, which="", step=None):
-        for quantity, value in numbers.items():
-            self.add(quantity, value, which, step=step)
-
-    def add_matrix(self, quantity, matrix, space):
-        """A row for each pair of the few contexts, and means over pairs of different ones."""
-        names = [label(context) for context in space.few]
-        for (i, j), value in np.ndenumerate(matrix):
-            self.add(quantity, value, context=names[i], other=names[j])
-        s, _ = space.split(space.few)
-        same = s[:, None] == s
-        self.add(f"{quantity}, same mode", matrix[same & ~np.eye(len(s), dtype=bool)].mean())
-        if not same.all():
-            self.add(f"{quantity}, other mode", matrix[~same].mean())
+def rows_of(step, which, numbers, context="", other=""):
+    """Rows (step, set, quantity, context, other, value)."""
+    return [(step, which, name, context, other, value) for name, value in numbers.items()]
 
 
-def label(context):
-    return ", ".join(f"{name} {value:g}" for name, value in context.items())
+def matrix_rows(step, quantity, matrix, space):
+    """A row for each pair of the few contexts, and means over pairs of different ones."""
+    names = []
+    for context in space.few:
+        names.append(", ".join(f"{name} {value:g}" for name, value in context.items()))
+    rows = []
+    for (i, j), value in np.ndenumerate(matrix):
+        rows += rows_of(step, "", {quantity: value}, names[i], names[j])
+    s, _ = space.split(space.few)
+    same = s[:, None] == s
+    means = {f"{quantity}, same mode": matrix[same & ~np.eye(len(s), dtype=bool)].mean()}
+    if not same.all():
+        means[f"{quantity}, other mode"] = matrix[~same].mean()
+    return rows + rows_of(step, "", means)
 
 
-def look(name, path, agent, space, windows):
-    """All rows of a run, and what each of its figures shows."""
-    table = Table(name, agent)
-    shown = {}
+def look(path, agent, space, windows):
+    """The rows of a run; what each of its figures shows."""
+    step = agent.step
     few = space.few
-    for which, value in returns_beside(path, agent.step).items():
-        table.add("return", value, which)
+    rows = []
+    shown = {}
+    for which, value in returns_beside(path, step).items():
+        rows += rows_of(step, which, {"return": value})
     if agent.g:
         samples = {}
         for which in dmash.SETS:
-            table.add_all(variability(agent, space, which), which)
-            found, contexts, codes = information(agent, space, which, windows)
-            table.add_all(found, which)
-            samples[which] = (contexts, codes)
+            rows += rows_of(step, which, variability(agent, space, which))
+            found, *samples[which] = information(agent, space, which, windows)
+            rows += rows_of(step, which, found)
         mean = gather(agent, few, EPISODES, space.horizon, 4).mean(1)  # (n, d_z)
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         cosines = mean @ mean.T
-        table.add_matrix("cosine", cosines, space)
+        rows += matrix_rows(step, "cosine", cosines, space)
         shown["codes"] = (cosines, samples)
-    values, actions, states, found = mean_actions(agent, space)
-    table.add_all(found)
+    *actions, found = mean_actions(agent, space)
+    rows += rows_of(step, "", found)
     returns, own = cross_table(agent, few)
     cells = returns.mean(-1)
-    table.add("return, own", own.mean())
-    table.add("return, matching", cells.diagonal().mean())
-    table.add("return, best", with_best(returns))
-    table.add_matrix("return", cells, space)
-    shown["adapter"] = (values, actions, states, cells)
+    means = {
+        "return, own": own.mean(),
+        "return, matching": cells.diagonal().mean(),
+        "return, best": with_best(returns),
+    }
+    rows += rows_of(step, "", means) + matrix_rows(step, "return", cells, space)
+    shown["adapter"] = (*actions, cells)
     if agent.g and (path / "policies").is_dir():
-        shown["training"] = (add_snapshots(table, path / "policies", space, windows),)
-    return table.rows, shown
+        snapshots = look_at_snapshots(path / "policies", space, windows)
+        shown["training"] = (snapshots,)
+        for at, found in snapshots.items():
+            rows += rows_of(at, "snapshot", found)
+    return rows, shown
 
 
-def add_snapshots(table, folder, space, windows):
-    """Variability and information of each snapshot: by its step, the numbers by their names."""
+def look_at_snapshots(folder, space, windows):
+    """Variability and information of each snapshot, by its step."""
     snapshots = {}
     for file in folder.glob("*.pt"):
         _, agent = dmash.load_policy(file)
         found, _, _ = information(agent, space, "train", max(windows // 4, 100))
         snapshots[agent.step] = variability(agent, space, "train") | found
-    for step in sorted(snapshots):
-        table.add_all(snapshots[step], "snapshot", step)
-    return snapshots
+    return dict(sorted(snapshots.items()))
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -354,8 +342,8 @@ def read(places):
     for place in map(Path, places):
         cfg, agent = dmash.load_policy(place)
         if agent.method.context == "none":
-            message = f"{cfg.method} is told nothing of the context; allowed: any other method"
-            raise dmash.BadInput(f"{place}: {message}")
+            allowed = "is told nothing of the context; allowed: any other method"
+            raise dmash.BadInput(f"{place}: {cfg.method} {allowed}")
         for other, there, _ in runs.values():
             if replace(there.cfg, out=cfg.out) == cfg and there.step == agent.step:
                 raise dmash.BadInput(f"{place}: the same run as {other}; give only one of them")
@@ -381,13 +369,14 @@ def write(args):
         print(f"no figures are drawn ({error})")
     rows = []
     for name, (path, agent, space) in runs.items():
-        found, shown = look(name, path, agent, space, windows)
+        cfg = agent.cfg
+        found, shown = look(path, agent, space, windows)
         print(f"{name}, step {agent.step:,}")
         for row in found:
-            if not row["context"] and row["set"] in ("", "train"):
-                print(f"  {row['quantity']:<20} {row['value']:10.4g}")
-        sys.stdout.flush()
-        rows += found
+            rows.append(dict(zip(HEAD, (name, cfg.env, cfg.method, cfg.seed, *row))))
+            _, which, quantity, context, _, value = row
+            if not context and which in ("", "train"):
+                print(f"  {quantity:<20} {value:10.4g}", flush=True)
         (args.out / "inside.csv").write_text(dmash.csv_text(rows), encoding="utf-8")
         if inside_figures is None:
             continue
@@ -399,8 +388,9 @@ def write(args):
 def main(argv=None):
     """The command line. Returns the exit status."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = dmash.Parser("inside.py", description=__doc__, formatter_class=layout)
-    parser.allow_abbrev = False
+    parser = dmash.Parser(
+        "inside.py", description=__doc__, formatter_class=layout, allow_abbrev=False
+    )
     parser.add_argument("places", nargs="+", metavar="RUN", help="a run folder, or a policy file")
     parser.add_argument("--out", type=Path, default="inside", help="folder (default: %(default)s)")
     help = "windows in each set, for information (default: %(default)s)"

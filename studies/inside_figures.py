@@ -38,9 +38,7 @@ def look_of(i):
 
 
 def mode_label(mode):
-    if not mode:
-        return "all contexts"
-    return ", ".join(f"{name} {value:g}" for name, value in mode.items())
+    return ", ".join(f"{name} {value:g}" for name, value in mode.items()) or "all contexts"
 
 
 def heat_map(ax, matrix, space, form):
@@ -53,8 +51,8 @@ def heat_map(ax, matrix, space, form):
         text = format(value, form)
         ax.text(j, i, text, ha="center", va="center", color=colour, fontsize="small")
     labels = [", ".join(f"{value:g}" for value in context.values()) for context in space.few]
-    ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize="small")
-    ax.set_yticks(range(len(labels)), labels, fontsize="small")
+    ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    ax.set_yticks(range(len(labels)), labels)
     return ", ".join(space.few[0])  # the names of the contexts
 
 
@@ -81,7 +79,7 @@ def codes(space, cosines, samples):
         figure.colorbar(points, ax=ax, label=space.first.name)
         ax.set(title=f"z, {which}", ylabel=f"second component ({share[1]:.0%})")
         ax.set_xlabel(f"first component ({share[0]:.0%} of variance, train)")
-        ax.legend(fontsize="small")
+        ax.legend()
     return figure
 
 
@@ -100,14 +98,13 @@ def adapter(space, values, a, s, returns):
         for i, mode in enumerate(space.modes):
             ax.plot(values, a[i, :, states[column], row], label=mode_label(mode), **look_of(i))
     for ax, state in zip(axes[0], states):
-        numbers = " ".join(f"{x:.2f}" for x in s[state][:6])
-        ax.set_title(f"s = {numbers} …" if s.shape[1] > 6 else f"s = {numbers}", fontsize="small")
+        ax.set_title("s = " + " ".join(f"{x:.2f}" for x in s[state][:6]))
     for ax in axes[-1]:
-        ax.set_xlabel(f"{space.first.name} of the context ω is of")
+        ax.set_xlabel(f"{space.first.name} of ω's context")
     for row, ax in enumerate(axes[:, 0]):
         ax.set_ylabel(f"mean action {row + 1}")
     handles = axes[0, 0].get_legend_handles_labels()
-    left.legend(*handles, loc="outside lower center", ncols=4, fontsize="small")
+    left.legend(*handles, loc="outside lower center", ncols=4)
     ax = right.subplots()
     names = heat_map(ax, returns, space, ".0f")
     ax.set(title="return", xlabel=f"ω of {names}", ylabel=f"acting in {names}")
@@ -127,8 +124,8 @@ def training(snapshots):
     first.set(ylabel="variability and its parts", ylim=(0, None))
     second.axhline(np.log(2), color="0.5", linewidth=1, label="ln 2")
     second.set_ylabel("information (nats)")
-    first.legend(fontsize="small")
-    second.legend(fontsize="small")
+    first.legend()
+    second.legend()
     return figure
 
 
@@ -139,12 +136,9 @@ def side_by_side(rows):
     for row in rows:
         if not row["context"]:
             found[row["run"], row["set"], row["quantity"]] = row["value"]
-    there = {key[1:] for key in found}
-    panels = [(title, keys) for title, keys in PANELS if there.intersection(keys)]
-    size = (3 + 2.6 * len(panels), 2.2 + 0.32 * len(steps))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (title, keys) in zip(axes, panels):
+    figure = Figure(figsize=(16, 2.5 + 0.35 * len(steps)), layout="constrained")
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    for ax, (title, keys) in zip(axes, PANELS):
         for i, (which, quantity) in enumerate(keys):
             x = [found.get((run, which, quantity), np.nan) for run in steps]
             y = np.arange(len(steps)) + 0.14 * (i - 1)  # lest equal values hide each other
@@ -155,12 +149,11 @@ def side_by_side(rows):
         if title.startswith("variability"):
             ax.set_xscale("log")
         else:
-            low, high = ax.get_xlim()
-            ax.set_xlim(min(0, low), 1.08 * high)
+            ax.axvline(0, color="0.9")
         ax.grid(axis="y", color="0.9")
-        ax.set_title(title, fontsize="medium")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize="small")
+        ax.set_title(title)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
     labels = [f"{run}\nstep {step:,}" for run, step in steps.items()]
-    axes[0].set_yticks(range(len(steps)), labels, fontsize="small")
+    axes[0].set_yticks(range(len(steps)), labels)
     axes[0].set_ylim(len(steps) - 0.5, -0.5)
     return figure

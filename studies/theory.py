@@ -126,13 +126,15 @@ def a1(seed, steps=1500, n=257):
     whole_cell = (corners(piece, 1) == piece[1:, 1:]).all(0)
     image = np.where(whole_cell, np.abs(error[1:, 1:]), np.nan).T
     title = "error of a network on [s; z]; white: its edges"
-    axes = {"xlabel": "side δ of squares inside a piece", "xscale": "log", "yscale": "log"}
-    axes["ylabel"] = "largest error at the corners"
+    map_of_errors = Panel({"xlabel": "s", "ylabel": "z", "title": title}, image=image)
+    axes = {
+        "xlabel": "side δ of squares inside a piece",
+        "ylabel": "largest error at the corners",
+        "xscale": "log",
+        "yscale": "log",
+    }
     curves = {"median square": (delta, median), "least": (delta, least), "δ²/4": (delta, floor)}
-    return numbers, [
-        Panel({"xlabel": "s", "ylabel": "z", "title": title}, image=image),
-        Panel(axes, curves),
-    ]
+    return numbers, [map_of_errors, Panel(axes, curves)]
 
 
 @torch.no_grad()
@@ -190,9 +192,8 @@ def a2(seed, m=64):
     Measured: errors of x̃, and of the policy's means and log stds, adapter on against off.
     It holds if the first four numbers are 0 but for rounding and the last one is not.
     """
-    eye = torch.eye(m)
     half = torch.eye(m // 2)
-    inversion = hypernetwork_by_hand(-2 * eye, eye)
+    inversion = hypernetwork_by_hand(-2 * torch.eye(m), torch.eye(m))
     swap = hypernetwork_by_hand(torch.cat([half, -half]), torch.cat([-half, half], 1))
     off, on = torch.zeros(1, 1), torch.ones(1, 1)  # z
     x = torch.randn(10000, m)
@@ -212,22 +213,23 @@ def a2(seed, m=64):
     for p in flipped_policy.trunk[2].parameters():
         p[m // 2 :] = -p[: m // 2]  # x = (y, -y)
 
-    panels = []
-    for name, pi, h, R, goal_name in (
-        ("flipped", flipped_policy, inversion, flip, "−mean"),
-        ("swapped", swapped_policy, swap, exchange, "mean of the other action"),
-        ("flipped, as drawn", drawn_policy, inversion, flip, "−mean"),
+    curves = {}
+    for name, pi, h, R in (
+        ("flipped", flipped_policy, inversion, flip),
+        ("swapped", swapped_policy, swap, exchange),
+        ("flipped, as drawn", drawn_policy, inversion, flip),
     ):
         goal = torch.cat(pi(s, h(off)), 1) @ R.T  # (400, 4)
         found = torch.cat(pi(s, h(on)), 1)
         error = largest(found - goal)
         numbers[f"policy {name}: largest error of means and log stds"] = error
-        ends = goal[:, 0].aminmax()
-        points = {"400 states": (goal[:, 0], found[:, 0]), "equal": (ends, ends)}
-        axes = {"title": f"policy {name}", "xlabel": f"{goal_name}, adapter off"}
-        axes["ylabel"] = "mean of an action, adapter on"
-        panels.append(Panel(axes, points))
-    return numbers, panels
+        curves[name] = (goal[:, 0], found[:, 0])
+    axes = {
+        "title": "a policy in 400 states",
+        "xlabel": "mean of an action as it should be",
+        "ylabel": "as it is, adapter on",
+    }
+    return numbers, [Panel(axes, curves)]
 
 
 def make_symmetric(head, R):
@@ -285,14 +287,12 @@ def a5(seed, steps=2000, m=8, restarts=3):
         "the same, in ten times the range trained on": far,
     }
     units = range(1, 2 * m + 1)
-    floor = [max(1 - k / m, 0) for k in units]
     curves = {
         "in the range trained on": (units, near),
         "in ten times that": (units, far),
-        "floor 1 − k/m": (units, floor),
+        "floor 1 − k/m": (units, [max(1 - k / m, 0) for k in units]),
     }
     axes = {"xlabel": "width k of the bottleneck", "ylabel": "share of −2x missed"}
-    axes["title"] = f"inverting {m} numbers"
     return numbers, [Panel(axes, curves)]
 
 
@@ -344,12 +344,21 @@ def a6(seed, steps=1000, networks=8, n=10000):
             curves[kind] = (SIGMAS[1:], errors.mean(1)[1:], errors.std(1)[1:])
             if task == "z = ±1":
                 profiles[kind] = (line[::20], y.mean(0)[::20], y.std(0)[::20])
-        axes = {"title": f"trained on {task}", "xlabel": "noise σ", "xscale": "log"}
-        axes |= {"ylabel": "E|f(s, z + σε) − s·z|, mean and s.d.", "yscale": "log"}
+        axes = {
+            "title": f"trained on {task}",
+            "xlabel": "noise σ",
+            "ylabel": "E|f(s, z + σε) − s·z|, mean and s.d.",
+            "xscale": "log",
+            "yscale": "log",
+        }
         panels.append(Panel(axes, curves))
-    axes = {"xlabel": "z", "ylabel": "f(1, z), mean and s.d.", "ylim": (-1.5, 2.7)}
-    panels.append(Panel(axes | {"title": "trained on z = ±1"}, profiles))
-    return numbers, panels
+    axes = {
+        "title": "trained on z = ±1",
+        "xlabel": "z",
+        "ylabel": "f(1, z), mean and s.d.",
+        "ylim": (-1.5, 2.7),
+    }
+    return numbers, [*panels, Panel(axes, profiles)]
 
 
 def uniform_sign(*shape):
@@ -399,8 +408,8 @@ class Ensemble:
         """E|f(s, z + σε) - s·z|: (σ, networks)."""
         s, z = self.draw(draw_z, n)
         noise = torch.randn(self.count, n, 1)
-        errors = [(self(s, z + sigma * noise) - s * z).abs().mean((1, 2)) for sigma in SIGMAS]
-        return torch.stack(errors)
+        outputs = torch.stack([self(s, z + sigma * noise) for sigma in SIGMAS])
+        return (outputs - s * z).abs().mean((2, 3))
 
     @torch.no_grad()
     def at_s_equal_1(self, z):
@@ -488,14 +497,18 @@ def a17(seed, steps=(0, 100, 300, 1000), n=200):
         bound = inner.max(0) + lipschitz.max(0) ** 2 * traces[:, None]
         curves = {}
         for i, name in enumerate(codes):
-            after = f"after {list(steps)} steps"
-            numbers[f"{title}, {name}: tr Cov(G) {after}"] = variance[i]
-            numbers[f"{title}, {name}: of it E tr Cov(G | Z) {after}"] = inner[i]
-            numbers[f"{title}, {name}: bound {after}"] = bound[i]
+            numbers[f"{title}, {name}: tr Cov(G) after {list(steps)} steps"] = variance[i]
+            numbers[f"{title}, {name}: of it E tr Cov(G | Z) after {list(steps)} steps"] = inner[i]
+            numbers[f"{title}, {name}: bound after {list(steps)} steps"] = bound[i]
             curves[name] = (steps, variance[i])
             curves[f"bound, {name}"] = (steps, bound[i])
-        axes = {"title": title, "xlabel": "steps of training with Z"}
-        panels.append(Panel(axes | {"ylabel": "tr Cov(G)", "yscale": "log"}, curves))
+        axes = {
+            "title": title,
+            "xlabel": "steps of training with Z",
+            "ylabel": "tr Cov(G)",
+            "yscale": "log",
+        }
+        panels.append(Panel(axes, curves))
     return numbers, panels
 
 
@@ -584,8 +597,7 @@ def draw(panels):
             image = ax.imshow(panel.image, cmap="cividis", origin="lower", extent=extent)
             figure.colorbar(image, ax=ax)
         for look, (label, curve) in zip(LOOKS, panel.curves.items()):
-            x = curve[0]
-            if len(x) > 50 or isinstance(x[0], str):  # a cloud of points, or words
+            if len(curve[0]) > 50:
                 look = look | {"linestyle": "none"}
             ax.errorbar(*curve, **look, markersize=4, label=label)
         if panel.curves:
