@@ -45,8 +45,14 @@ NUMBERS = {  # of one update, and how they are written in the figure
     "cos_pi_Q": r"$\cos(\nabla_\eta L_\pi, \nabla_\eta L_Q)$",
 }
 PANELS = (  # the paper's
-    *("E_z_pi", "E_eta_pi", "E_cos_d_pi", "E_cos_pi_Q"),
-    *("Var_z_pi", "Var_xi_pi", "Var_z_d", "Var_phi_d"),
+    "E_z_pi",
+    "E_eta_pi",
+    "E_cos_d_pi",
+    "E_cos_pi_Q",
+    "Var_z_pi",
+    "Var_xi_pi",
+    "Var_z_d",
+    "Var_phi_d",
 )
 COLUMNS = ("step", *PANELS, "Var_cos_d_pi", "Var_cos_pi_Q")  # of gradients.csv, those drawn
 
@@ -57,6 +63,10 @@ def gradient(loss, parameters):
     """∇loss with respect to some tensors, as one vector. Writes no `.grad`."""
     parts = torch.autograd.grad(loss, list(parameters), retain_graph=True)
     return torch.cat([part.flatten() for part in parts])
+
+
+def norm(loss, parameters):
+    return gradient(loss, parameters).norm().item()
 
 
 def cosine(x, y):
@@ -74,20 +84,20 @@ def shadow(agent, batch):
     L_d = dmash.dynamics_loss(agent.f, omega, batch)
     L_Q = dmash.critic_loss(pi, Q, agent.Q_target, alpha, omega, batch, agent.cfg.gamma)
     L_pi, _ = dmash.actor_loss(pi, Q, alpha, omega, batch)
-    xi = [*pi.trunk.parameters(), *pi.head.parameters()]
     numbers = {
-        "z_pi": gradient(L_pi, [z]).norm().item(),
-        "xi_pi": gradient(L_pi, xi).norm().item(),
-        "z_d": gradient(L_d, [z]).norm().item(),
-        "phi_d": gradient(L_d, agent.g.parameters()).norm().item(),
+        "z_pi": norm(L_pi, [z]),
+        "xi_pi": norm(L_pi, [*pi.trunk.parameters(), *pi.head.parameters()]),
+        "z_d": norm(L_d, [z]),
+        "phi_d": norm(L_d, agent.g.parameters()),
     }
     if agent.h:
-        eta_pi = gradient(L_pi, agent.h.parameters())
+        eta = list(agent.h.parameters())
+        eta_pi = gradient(L_pi, eta)
         numbers["eta_pi"] = eta_pi.norm().item()
-        numbers["cos_d_pi"] = cosine(gradient(L_d, agent.h.parameters()), eta_pi)
-        numbers["cos_pi_Q"] = cosine(eta_pi, gradient(L_Q, agent.h.parameters()))
+        numbers["cos_d_pi"] = cosine(gradient(L_d, eta), eta_pi)
+        numbers["cos_pi_Q"] = cosine(eta_pi, gradient(L_Q, eta))
     elif pi.own:
-        numbers["eta_pi"] = gradient(L_pi, pi.own.parameters()).norm().item()
+        numbers["eta_pi"] = norm(L_pi, pi.own.parameters())
     return numbers
 
 
@@ -105,10 +115,8 @@ class ShadowRun(dmash.Run):
     """A run that looks at each batch before its agent's update does."""
 
     def __init__(self, cfg, folder):
-        methods = dmash.METHODS.items()
-        encoding = [name for name, method in methods if method.context == "inferred"]
-        if cfg.method not in encoding:
-            allowed = ", ".join(encoding)
+        if dmash.METHODS[cfg.method].context != "inferred":
+            allowed = "methods that infer the context"
             raise dmash.BadInput(f"--method {cfg.method}: has no encoder; allowed: {allowed}")
         super().__init__(cfg, folder)
         self.shadows = []  # numbers of the updates since the last evaluation
@@ -153,7 +161,7 @@ def read(folder):
     path = folder / "gradients.csv"
     if not path.is_file():
         allowed = "run folders that this program has trained"
-        raise dmash.BadInput(f"{folder}: has no {path.name}; allowed: {allowed}")
+        raise dmash.BadInput(f"{folder}: has no gradients.csv; allowed: {allowed}")
     with dmash.reading(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = "{method}, {env}, seed {seed}".format(**config)
@@ -219,11 +227,11 @@ def draw(folders, out):
         last = max(common)
         print(f"{f'step {last:,.0f}':<12}" + "  ".join(label for _, label, _ in runs))
         for name in PANELS:
-            cells = []
+            line = f"{name:<12}"
             for _, label, columns in runs:
                 value = columns[name][columns["step"] == last].item()
-                cells.append(f"{value:<{len(label)}.3g}")
-            print(f"{name:<12}" + "  ".join(cells))
+                line += f"{value:<{len(label)}.3g}  "
+            print(line.removesuffix("  "))
     try:
         picture = figure(runs)
     except ImportError as error:
@@ -236,27 +244,23 @@ def draw(folders, out):
 # ---- Command line -------------------------------------------------------------------------------
 
 
-def train(argv):
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "-h" in argv or "--help" in argv:
+        print(f"gradients.py: {__doc__.strip()}")
+        return 0
+    if argv[:1] == ["draw"]:
+        parser = dmash.Parser("gradients.py draw", allow_abbrev=False)
+        parser.add_argument("folders", nargs="+", type=Path, metavar="RUN")
+        parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
+        return dmash.exit_status("gradients.py", lambda: draw(**vars(parser.parse_args(argv[1:]))))
     plain = dmash.Run
     dmash.Run = ShadowRun
     try:
         return dmash.main(argv)
     finally:
         dmash.Run = plain
-
-
-def main(argv=None):
-    """The command line. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["draw"]:
-        parser = dmash.Parser("gradients.py draw", allow_abbrev=False)
-        parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="a run folder")
-        parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
-        return dmash.exit_status("gradients.py", lambda: draw(**vars(parser.parse_args(argv[1:]))))
-    if "-h" in argv or "--help" in argv:
-        print(f"gradients.py: {__doc__.strip()}")
-        return 0
-    return train(argv)
 
 
 if __name__ == "__main__":

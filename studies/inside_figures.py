@@ -48,8 +48,7 @@ def heat_map(ax, matrix, space, form):
     ax.imshow(matrix, cmap="cividis", vmin=low, vmax=matrix.max())
     for (i, j), value in np.ndenumerate(matrix):
         colour = "w" if value <= middle else "k"
-        text = format(value, form)
-        ax.text(j, i, text, ha="center", va="center", color=colour, fontsize="small")
+        ax.text(j, i, format(value, form), ha="center", va="center", color=colour)
     labels = [", ".join(f"{value:g}" for value in context.values()) for context in space.few]
     ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     ax.set_yticks(range(len(labels)), labels)
@@ -98,7 +97,7 @@ def adapter(space, values, a, s, returns):
         for i, mode in enumerate(space.modes):
             ax.plot(values, a[i, :, states[column], row], label=mode_label(mode), **look_of(i))
     for ax, state in zip(axes[0], states):
-        ax.set_title("s = " + " ".join(f"{x:.2f}" for x in s[state][:6]))
+        ax.set_title("s = " + " ".join(f"{x:.2f}" for x in s[state][:6]), fontsize="small")
     for ax in axes[-1]:
         ax.set_xlabel(f"{space.first.name} of ω's context")
     for row, ax in enumerate(axes[:, 0]):
@@ -142,7 +141,9 @@ def side_by_side(rows):
         for i, (which, quantity) in enumerate(keys):
             x = [found.get((run, which, quantity), np.nan) for run in steps]
             y = np.arange(len(steps)) + 0.14 * (i - 1)  # lest equal values hide each other
-            name = which if quantity == "return" else quantity.removeprefix("return, ")
+            name = quantity.removeprefix("return, ")
+            if quantity == "return":
+                name = which
             ax.plot(x, y, **look_of(i) | {"linestyle": "none"}, label=name)
         if title.startswith("information"):
             ax.axvline(np.log(2), color="0.5", linewidth=1, label="ln 2")

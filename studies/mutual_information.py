@@ -45,9 +45,11 @@ def continuous(x, y, k=3):
     x = distances(x, rng)
     y = distances(y, rng)
     reach = to_neighbour(k, np.maximum(x, y))  # in the joint space
-    within = digamma((x < reach).sum(1) + 1) + digamma((y < reach).sum(1) + 1)
-    of_k, of_n = digamma(np.array([k, len(x)]))
-    return float(of_k + of_n - within.mean())
+    near_x = (x < reach).sum(1) + 1
+    near_y = (y < reach).sum(1) + 1
+    within = digamma(near_x) + digamma(near_y)
+    psi = digamma(np.array([k, len(x)]))
+    return float(psi.sum() - within.mean())
 
 
 def discrete(x, labels, k=3):
@@ -58,8 +60,8 @@ def discrete(x, labels, k=3):
         own = labels == label
         reach = to_neighbour(k, d[own][:, own])  # among samples of the same label
         terms[own] = digamma(own.sum()) + digamma((d[own] <= reach).sum(1))
-    of_k, of_n = digamma(np.array([k, len(d)]))
-    return float(of_k + of_n - terms.mean())
+    psi = digamma(np.array([k, len(d)]))
+    return float(psi.sum() - terms.mean())
 
 
 def means(z, labels):

@@ -31,9 +31,12 @@ TRAINED = ROOT / "results/quick_fresh/cartpole_inv__dma_star_sh__quick__s4"
 class Panel(NamedTuple):
     """One panel of a theorem's figure."""
 
-    axes: dict  # its title, labels and scales, as Axes.set takes them
-    curves: dict = {}  # by label: (x, y) or (x, y, standard deviation)
-    image: np.ndarray | None = None  # of a function on [-1, 1]²
+    title: str
+    xlabel: str
+    ylabel: str
+    content: dict | np.ndarray  # (x, y) or (x, y, standard deviation) by label; or an image
+    xscale: str = "linear"
+    yscale: str = "linear"
 
 
 # ---- What several theorems need -----------------------------------------------------------------
@@ -123,18 +126,16 @@ def a1(seed, steps=1500, n=257):
         "its mean over all cells": mixed_everywhere[0],
         "largest error in a square inside a piece / (δ²/4), at least": (least / floor).min(),
     }
+    curves = {"median square": (delta, median), "least": (delta, least), "δ²/4": (delta, floor)}
+    # The edges of the pieces stay white.
     whole_cell = (corners(piece, 1) == piece[1:, 1:]).all(0)
     image = np.where(whole_cell, np.abs(error[1:, 1:]), np.nan).T
-    title = "error of a network on [s; z]; white: its edges"
-    map_of_errors = Panel({"xlabel": "s", "ylabel": "z", "title": title}, image=image)
-    axes = {
-        "xlabel": "side δ of squares inside a piece",
-        "ylabel": "largest error at the corners",
-        "xscale": "log",
-        "yscale": "log",
-    }
-    curves = {"median square": (delta, median), "least": (delta, least), "δ²/4": (delta, floor)}
-    return numbers, [map_of_errors, Panel(axes, curves)]
+    return numbers, [
+        Panel("error of a network on [s; z]; white: its edges", "s", "z", image),
+        Panel(
+            "squares inside a piece", "side δ", "largest error at a corner", curves, "log", "log"
+        ),
+    ]
 
 
 @torch.no_grad()
@@ -224,12 +225,8 @@ def a2(seed, m=64):
         error = largest(found - goal)
         numbers[f"policy {name}: largest error of means and log stds"] = error
         curves[name] = (goal[:, 0], found[:, 0])
-    axes = {
-        "title": "a policy in 400 states",
-        "xlabel": "mean of an action as it should be",
-        "ylabel": "as it is, adapter on",
-    }
-    return numbers, [Panel(axes, curves)]
+    title = "means of an action in 400 states"
+    return numbers, [Panel(title, "as it should be", "as it is, adapter on", curves)]
 
 
 def make_symmetric(head, R):
@@ -274,8 +271,9 @@ def a5(seed, steps=2000, m=8, restarts=3):
     def share_missed(scale):
         """For 1 to 2 m units, by the best of the restarts."""
         x = scale * uniform(20000, m).repeat(rows, 1)
-        missed = error(x).detach().square().view(rows, -1).mean(1) / (4 * x.square().mean())
-        return missed.view(restarts, -1).amin(0).tolist()
+        missed = error(x).detach().square().view(rows, -1).mean(1)
+        share = missed / (2 * x).square().mean()
+        return share.view(restarts, -1).amin(0).tolist()
 
     train(weights, loss, steps, 1e-2)
     near = share_missed(1)
@@ -292,8 +290,8 @@ def a5(seed, steps=2000, m=8, restarts=3):
         "in ten times that": (units, far),
         "floor 1 − k/m": (units, [max(1 - k / m, 0) for k in units]),
     }
-    axes = {"xlabel": "width k of the bottleneck", "ylabel": "share of −2x missed"}
-    return numbers, [Panel(axes, curves)]
+    title = f"inverting {m} numbers"
+    return numbers, [Panel(title, "width k of the bottleneck", "share of −2x missed", curves)]
 
 
 def largest_rank(width):
@@ -311,6 +309,7 @@ def largest_rank(width):
 # ---- A.6: noise of the code ---------------------------------------------------------------------
 
 SIGMAS = [0, 0.01, 0.03, 0.1, 0.3, 1]
+SIZE_OF_ERROR = "E|f(s, z + σε) − s·z|"
 
 
 def a6(seed, steps=1000, networks=8, n=10000):
@@ -325,7 +324,8 @@ def a6(seed, steps=1000, networks=8, n=10000):
     """
     d_x = min(range(1, 120), key=size_difference)
     sizes = [size(with_adapter()), size(with_concatenation(d_x))]
-    numbers = {"parameters, adapter and concatenation": sizes, "noise σ": SIGMAS}
+    numbers = {"parameters, adapter and concatenation": sizes}
+    numbers["noise σ"] = SIGMAS
     kinds = {"adapter": with_adapter, "concatenation": partial(with_concatenation, d_x)}
     line = torch.linspace(-1.5, 1.5, 301)
     panels = []
@@ -339,26 +339,14 @@ def a6(seed, steps=1000, networks=8, n=10000):
             errors = f.errors_under_noise(draw_z, n)  # (σ, networks)
             y = f.at_s_equal_1(line)  # (networks, 301)
             slopes = y.diff().abs().amax(1) * 100  # the line's steps are 1/100
-            numbers[f"{task}, {kind}: E|f(s, z + σε) − s·z|"] = errors
+            numbers[f"{task}, {kind}: {SIZE_OF_ERROR}"] = errors
             numbers[f"{task}, {kind}: largest |∂f/∂z|, s = 1"] = slopes[None]
             curves[kind] = (SIGMAS[1:], errors.mean(1)[1:], errors.std(1)[1:])
             if task == "z = ±1":
                 profiles[kind] = (line[::20], y.mean(0)[::20], y.std(0)[::20])
-        axes = {
-            "title": f"trained on {task}",
-            "xlabel": "noise σ",
-            "ylabel": "E|f(s, z + σε) − s·z|, mean and s.d.",
-            "xscale": "log",
-            "yscale": "log",
-        }
-        panels.append(Panel(axes, curves))
-    axes = {
-        "title": "trained on z = ±1",
-        "xlabel": "z",
-        "ylabel": "f(1, z), mean and s.d.",
-        "ylim": (-1.5, 2.7),
-    }
-    return numbers, [*panels, Panel(axes, profiles)]
+        panels.append(Panel(f"trained on {task}", "noise σ", SIZE_OF_ERROR, curves, "log", "log"))
+    panels.append(Panel("trained on z = ±1", "z", "f(1, z), mean and s.d.", profiles))
+    return numbers, panels
 
 
 def uniform_sign(*shape):
@@ -453,8 +441,8 @@ def a15(seed, run=TRAINED, steps=200, n=4000):
             what = f"{name} encoder, {windows} windows: {', '.join(parts)}, what is left"
             numbers[what] = [*values, left]
             curves[f"{name}, {windows}"] = (parts, values)
-    axes = {"ylabel": "(1/d_z) tr Cov(Z)", "yscale": "log", "title": f"encoder of {cfg.env}"}
-    return numbers, [Panel(axes, curves)]
+    panel = Panel(f"encoder of {cfg.env}", "", "(1/d_z) tr Cov(Z)", curves, yscale="log")
+    return numbers, [panel]
 
 
 # ---- A.17, A.18: variance of the policy gradient ------------------------------------------------
@@ -497,18 +485,14 @@ def a17(seed, steps=(0, 100, 300, 1000), n=200):
         bound = inner.max(0) + lipschitz.max(0) ** 2 * traces[:, None]
         curves = {}
         for i, name in enumerate(codes):
-            numbers[f"{title}, {name}: tr Cov(G) after {list(steps)} steps"] = variance[i]
-            numbers[f"{title}, {name}: of it E tr Cov(G | Z) after {list(steps)} steps"] = inner[i]
-            numbers[f"{title}, {name}: bound after {list(steps)} steps"] = bound[i]
+            what = f"{title}, {name}"
+            after = f"after {list(steps)} steps"
+            numbers[f"{what}: tr Cov(G) {after}"] = variance[i]
+            numbers[f"{what}: of it E tr Cov(G | Z) {after}"] = inner[i]
+            numbers[f"{what}: bound {after}"] = bound[i]
             curves[name] = (steps, variance[i])
             curves[f"bound, {name}"] = (steps, bound[i])
-        axes = {
-            "title": title,
-            "xlabel": "steps of training with Z",
-            "ylabel": "tr Cov(G)",
-            "yscale": "log",
-        }
-        panels.append(Panel(axes, curves))
+        panels.append(Panel(title, "steps of training with Z", "tr Cov(G)", curves, yscale="log"))
     return numbers, panels
 
 
@@ -571,11 +555,11 @@ def moments(G, z):
 # ---- Output and command line --------------------------------------------------------------------
 
 THEOREMS = {"a1": a1, "a2": a2, "a5": a5, "a6": a6, "a15": a15, "a17": a17}
-LOOKS = (  # of a panel's curves, which the colour-blind can tell apart, and readers in grey
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#D55E00", "marker": "^", "linestyle": "--"},
-    {"color": "k", "marker": "x", "linestyle": ":"},
-    {"color": "#009E73", "marker": "s", "linestyle": "-."},
+LOOKS = (  # of curves; the colour-blind can tell them apart, and readers in grey
+    {"color": "#0072B2", "marker": "o"},
+    {"color": "#D55E00", "marker": "^"},
+    {"color": "k", "marker": "x"},
+    {"color": "#009E73", "marker": "s"},
 )
 
 
@@ -592,17 +576,16 @@ def draw(panels):
     figure = Figure(figsize=(1 + 4.5 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, panel in zip(axes, panels):
-        if panel.image is not None:
-            extent = (-1, 1, -1, 1)
-            image = ax.imshow(panel.image, cmap="cividis", origin="lower", extent=extent)
-            figure.colorbar(image, ax=ax)
-        for look, (label, curve) in zip(LOOKS, panel.curves.items()):
-            if len(curve[0]) > 50:
-                look = look | {"linestyle": "none"}
-            ax.errorbar(*curve, **look, markersize=4, label=label)
-        if panel.curves:
+        if isinstance(panel.content, dict):
+            for look, (label, curve) in zip(LOOKS, panel.content.items()):
+                line = "none" if len(curve[0]) > 50 else "-"
+                ax.errorbar(*curve, **look, linestyle=line, markersize=4, label=label)
             ax.legend(fontsize="small")
-        ax.set(**panel.axes)
+        else:
+            image = ax.imshow(panel.content, cmap="cividis", origin="lower", extent=(-1, 1, -1, 1))
+            figure.colorbar(image, ax=ax)
+        ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        ax.set(xscale=panel.xscale, yscale=panel.yscale)
     return figure
 
 
