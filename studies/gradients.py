@@ -3,9 +3,10 @@
     python studies/gradients.py --env di_inv --method dma_star_sh --quick
     python studies/gradients.py draw RUN [RUN ...] --out FILE.png
 
-The first command trains like dmash.py and takes all of its flags (python dmash.py --help), also
---resume and --go-on. Weights and returns are the same, bit for bit; a run takes a third longer. In
-the 200 updates before each evaluation the program also computes the gradients that Eq. 2 stops,
+The first command trains like dmash.py and takes all of its flags, also --resume and --go-on.
+Weights and returns are the same, bit for bit. A run takes a third longer.
+
+In the 200 updates before each evaluation the program also computes the gradients that Eq. 2 stops,
 and throws them away: shadow gradients. They are those of the update's own batch, masks and noise,
 before any weight moves. Their mean E and population variance Var over these updates are a row of
 gradients.csv in the run folder:
@@ -90,13 +91,13 @@ def shadow(agent, batch):
         "z_d": norm(L_d, [z]),
         "phi_d": norm(L_d, agent.g.parameters()),
     }
-    if agent.h:
+    if agent.h is not None:
         eta = list(agent.h.parameters())
         eta_pi = gradient(L_pi, eta)
         numbers["eta_pi"] = eta_pi.norm().item()
         numbers["cos_d_pi"] = cosine(gradient(L_d, eta), eta_pi)
         numbers["cos_pi_Q"] = cosine(eta_pi, gradient(L_Q, eta))
-    elif pi.own:
+    elif pi.own is not None:
         numbers["eta_pi"] = norm(L_pi, pi.own.parameters())
     return numbers
 
@@ -115,7 +116,7 @@ class ShadowRun(dmash.Run):
     """A run that looks at each batch before its agent's update does."""
 
     def __init__(self, cfg, folder):
-        if dmash.METHODS[cfg.method].context != "inferred":
+        if dmash.METHODS[cfg.method].context != "z":
             allowed = "methods that infer the context"
             raise dmash.BadInput(f"--method {cfg.method}: has no encoder; allowed: {allowed}")
         super().__init__(cfg, folder)
@@ -142,8 +143,7 @@ class ShadowRun(dmash.Run):
         # A checkpoint of dmash.py has evaluations without gradients.
         rows = [entry["gradients"] for entry in self.history if "gradients" in entry]
         if rows:
-            text = dmash.csv_text(rows).encode()
-            dmash.replace_file(self.folder / "gradients.csv", lambda file: file.write(text))
+            dmash.replace_file(self.folder / "gradients.csv", dmash.csv_text(rows))
 
     def state_dict(self):
         return super().state_dict() | {"shadows": self.shadows}
@@ -247,18 +247,20 @@ def draw(folders, out):
 def main(argv=None):
     """The command line. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        print(f"gradients.py: {__doc__.strip()}")
-        return 0
     if argv[:1] == ["draw"]:
         parser = dmash.Parser("gradients.py draw", allow_abbrev=False)
         parser.add_argument("folders", nargs="+", type=Path, metavar="RUN")
         parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
         return dmash.exit_status("gradients.py", lambda: draw(**vars(parser.parse_args(argv[1:]))))
+    parser = dmash.build_parser()
+    parser.prog = "gradients.py"
+    parser.description = __doc__
     plain = dmash.Run
     dmash.Run = ShadowRun
     try:
-        return dmash.main(argv)
+        return dmash.exit_status(
+            "gradients.py", lambda: dmash.run_command(vars(parser.parse_args(argv)))
+        )
     finally:
         dmash.Run = plain
 

@@ -164,7 +164,7 @@ def information(agent, space, which, n):
     codes = gather(agent, contexts, 1, 1, 1, index)[:, 0]
     s, u = space.split(contexts)
     z = codes
-    if agent.method.output_norm and not agent.method.kl:
+    if agent.method.output_norm:
         # SimNorm: each group sums to 1, so one number of each tells nothing new.
         z = codes.reshape(n, -1, agent.g.GROUP)[..., :-1].reshape(n, -1)
     found = {}
@@ -293,7 +293,7 @@ def look(path, agent, space, windows):
     shown = {}
     for which, value in returns_beside(path, step).items():
         rows += rows_of(step, which, {"return": value})
-    if agent.g:
+    if agent.g is not None:
         samples = {}
         for which in dmash.SETS:
             rows += rows_of(step, which, variability(agent, space, which))
@@ -315,7 +315,7 @@ def look(path, agent, space, windows):
     }
     rows += rows_of(step, "", means) + matrix_rows(step, "return", cells, space)
     shown["adapter"] = (*actions, cells)
-    if agent.g and (path / "policies").is_dir():
+    if agent.g is not None and (path / "policies").is_dir():
         snapshots = look_at_snapshots(path / "policies", space, windows)
         shown["training"] = (snapshots,)
         for at, found in snapshots.items():
@@ -347,7 +347,7 @@ def read(places):
         for other, there, _ in runs.values():
             if replace(there.cfg, out=cfg.out) == cfg and there.step == agent.step:
                 raise dmash.BadInput(f"{place}: the same run as {other}; give only one of them")
-        name = cfg.folder.name
+        name = dmash.run_folder(cfg).name
         if place.is_file() and place.name != "policy.pt":
             name += f"__{agent.step}"
         if name in runs:  # with other settings
