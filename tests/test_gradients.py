@@ -1,0 +1,289 @@
+"""Tests of studies/gradients.py: short, and on small settings."""
+
+import copy
+import csv
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
+import gradients  # noqa: E402
+
+import dmash  # noqa: E402
+
+SMALL = dict(env="di_inv", contexts=4, batch=16, threads=1, random_steps=30)
+SMALL.update(hidden=16, hyper_hidden=8, bottleneck=4)
+
+
+def train(folder, *words, method="dma_star_sh", **settings):
+    """The exit status of a training command."""
+    settings = SMALL | dict(method=method, rollouts=1, out=folder) | settings
+    arguments = [f"{dmash.flag(name)}={value}" for name, value in settings.items()]
+    return gradients.main([*arguments, *words])
+
+
+def table(folder, method="dma_star_sh"):
+    text = (folder / f"di_inv__{method}__s1" / "gradients.csv").read_text()
+    return list(csv.DictReader(text.splitlines()))
+
+
+def started(kind, folder, **settings):
+    """A run of class `kind`, past its random steps."""
+    run = kind(dmash.Config(**SMALL | settings), folder)
+    for _ in range(40):
+        run.rollout.collect(random=True)
+    return run
+
+
+def leaves(x):
+    """All that is in nested dicts, lists and tuples."""
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, (list, tuple)):
+        return [leaf for item in x for leaf in leaves(item)]
+    return [x]
+
+
+@pytest.mark.parametrize("method", ["dma_star_sh", "dma_star_h", "dma_pearl"])
+def test_training_is_the_same_with_and_without_shadow_gradients(method, tmp_path):
+    states = []
+    for kind in (dmash.Run, gradients.ShadowRun):
+        run = started(kind, tmp_path, method=method, steps=6)
+        for _ in range(6):
+            run.gradient_step()
+        state = run.state_dict()  # with the generator, which the runs share
+        state["seconds"] = state["shadows"] = None
+        state["grad"] = [p.grad for p in run.agent.parameters() if p.grad is not None]
+        states.append(leaves(state))
+    assert len(run.shadows) == 6
+    plain, shadowed = states
+    assert len(plain) == len(shadowed) > 100
+    for x, y in zip(plain, shadowed):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+# ---- The numbers of one update ------------------------------------------------------------------
+
+
+@pytest.fixture
+def case(request, tmp_path):
+    """An agent in float64 after two steps of training, and a batch."""
+    run = started(dmash.Run, tmp_path, method=request.param)
+    run.gradient_step()
+    run.gradient_step()
+    batch = run.rollout.replay.sample(16)
+    run.agent.zero_grad()
+    return run.agent.double(), dmash.Batch(*(x.double() for x in batch))
+
+
+def numbers_of(case):
+    torch.manual_seed(5)
+    return gradients.shadow(*case)
+
+
+def losses(agent, batch, move=0):
+    """z and the three losses with the same masks and noise, each with all of its graph."""
+    torch.manual_seed(5)
+    z, _ = agent.infer(batch.tau, noisy=True)
+    z = z + move
+    omega = z if agent.h is None else agent.h(z)
+    pi, Q, alpha = agent.pi, agent.Q, agent.alpha
+    L_d = dmash.dynamics_loss(agent.f, omega, batch)
+    L_Q = dmash.critic_loss(pi, Q, agent.Q_target, alpha, omega, batch, agent.cfg.gamma)
+    L_pi, _ = dmash.actor_loss(pi, Q, alpha, omega, batch)
+    return z, {"d": L_d, "Q": L_Q, "pi": L_pi}
+
+
+def by_backward(case, name):
+    """A copy of the agent that holds the gradients of a loss, and that of z."""
+    agent, batch = copy.deepcopy(case)
+    z, values = losses(agent, batch)
+    z.retain_grad()
+    values[name].backward()
+    return agent, z.grad.numpy()
+
+
+def flat(parameters):
+    return np.concatenate([p.grad.numpy().ravel() for p in parameters])
+
+
+def cosine(x, y):
+    return x @ y / math.sqrt((x @ x) * (y @ y))
+
+
+ADAPTED = ["dma_star_sh", "dma_star_h"]
+
+
+@pytest.mark.parametrize("case", [*ADAPTED, "rl_adapters", "dma_star"], indirect=True)
+def test_numbers_against_backward_without_the_stop_gradient(case):
+    numbers = numbers_of(case)
+    assert all(p.grad is None for p in case[0].parameters())
+    d, z_d = by_backward(case, "d")
+    pi, z_pi = by_backward(case, "pi")
+    Q, _ = by_backward(case, "Q")
+    own = [p for name, p in pi.pi.named_parameters() if "own" in name]
+    xi = [p for name, p in pi.pi.named_parameters() if "own" not in name]
+    norm = np.linalg.norm
+    expected = {"z_pi": norm(z_pi), "xi_pi": norm(flat(xi))}
+    expected |= {"z_d": norm(z_d), "phi_d": norm(flat(d.g.parameters()))}
+    if own:
+        expected["eta_pi"] = norm(flat(own))
+    if pi.h is not None:
+        of_d, of_pi, of_Q = (flat(agent.h.parameters()) for agent in (d, pi, Q))
+        expected["eta_pi"] = norm(of_pi)
+        expected["cos_d_pi"] = cosine(of_d, of_pi)
+        expected["cos_pi_Q"] = cosine(of_pi, of_Q)
+    assert numbers == pytest.approx(expected, rel=1e-9)
+    assert bool(own) == (pi.method.hypernetwork == "own")
+    assert min(abs(x) for x in numbers.values()) > 0
+
+
+@pytest.mark.parametrize("case", ADAPTED, indirect=True)
+def test_gradients_of_z_against_finite_differences(case):
+    """Through every ω that the loss uses: that of π and those of both critics."""
+    numbers = numbers_of(case)
+    slopes = {"pi": [], "d": []}
+    for move in 1e-6 * torch.eye(16 * 8, dtype=torch.float64).unflatten(-1, (16, 8)):
+        _, above = losses(*case, move)
+        _, below = losses(*case, -move)
+        for name, values in slopes.items():
+            values.append((above[name] - below[name]).item() / 2e-6)
+    for name, values in slopes.items():
+        assert numbers[f"z_{name}"] == pytest.approx(np.linalg.norm(values), rel=1e-4)
+
+
+@pytest.mark.parametrize("case", ["dma_star_sh"], indirect=True)
+def test_cosine_of_a_loss_with_itself_and_with_its_opposite(case, monkeypatch):
+    agent, batch = case
+    plain = dmash.dynamics_loss
+    zero = 0 * sum(p.sum() for p in agent.pi.parameters())
+
+    def critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma):
+        return 3 * plain(agent.f, omega, batch)
+
+    def actor_loss(pi, Q, alpha, omega, batch):
+        return zero - plain(agent.f, omega, batch), None
+
+    monkeypatch.setattr(dmash, "critic_loss", critic_loss)
+    monkeypatch.setattr(dmash, "actor_loss", actor_loss)
+    monkeypatch.setattr(dmash, "dynamics_loss", lambda *arguments: -2 * plain(*arguments))
+    numbers = numbers_of(case)
+    assert numbers["cos_d_pi"] == pytest.approx(1)
+    assert numbers["cos_pi_Q"] == pytest.approx(-1)
+    assert numbers["z_d"] == pytest.approx(2 * numbers["z_pi"])
+
+
+# ---- The program --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+def test_a_row_per_evaluation_of_the_updates_before_it(method, tmp_path, monkeypatch, capsys):
+    seen = []
+    plain = gradients.shadow
+
+    def shadow(agent, batch):
+        seen.append(plain(agent, batch))
+        return seen[-1]
+
+    monkeypatch.setattr(gradients, "UPDATES", 3)
+    monkeypatch.setattr(gradients, "shadow", shadow)
+    before = dmash.Run
+    assert train(tmp_path, method=method, steps=12, eval_every=5) == 0
+    assert dmash.Run is before
+    rows = table(tmp_path, method)
+    assert [(row["step"], row["updates"]) for row in rows] == [("5", "3"), ("10", "3"), ("12", "2")]
+    assert len(seen) == 8
+    for row, numbers in zip(rows, (seen[:3], seen[3:6], seen[6:])):
+        for name in gradients.NUMBERS:
+            found = [row[f"E_{name}"], row[f"Var_{name}"]]
+            values = [update[name] for update in numbers if name in update]
+            if not values:
+                assert found == ["", ""] and method == "dma_star_h" and "cos" in name
+                continue
+            mean = sum(values) / len(values)
+            spread = sum((x - mean) ** 2 for x in values) / len(values)
+            assert [float(x) for x in found] == pytest.approx([mean, spread], rel=1e-5)
+
+    picture = tmp_path / "new" / "a.png"
+    run = tmp_path / f"di_inv__{method}__s1"
+    assert gradients.main(["draw", str(run), "--out", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "step 12" in said and f"{method}, di_inv, seed 1" in said
+
+
+def test_a_run_stopped_between_evaluations_has_the_rows_of_one_that_was_not(tmp_path, monkeypatch):
+    settings = dict(steps=6, eval_every=3)
+    assert train(tmp_path / "whole", **settings) == 0
+    plain = dmash.Run.gradient_step
+
+    def stopping(run):
+        plain(run)
+        if run.step == 5:
+            run.on_signal(15, None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dmash.Run, "gradient_step", stopping)
+        assert train(tmp_path / "halves", **settings) == 128 + 15
+    assert [row["step"] for row in table(tmp_path / "halves")] == ["3"]
+    assert train(tmp_path / "halves", "--go-on", **settings) == 0
+    assert table(tmp_path / "halves") == table(tmp_path / "whole")
+
+
+def refusal(status, capsys):
+    """The one line on stderr of a command that was refused."""
+    said = capsys.readouterr()
+    assert status == 2 and said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("gradients.py: error: ")
+    return said.err
+
+
+def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, capsys):
+    assert "concat: has no encoder" in refusal(train(tmp_path, method="concat"), capsys)
+    for arguments, message in (
+        (["draw", tmp_path, "--out", "a.png"], "has no gradients.csv"),
+        (["draw", tmp_path, tmp_path, "--out", "a.png"], "given twice"),
+        (["draw", tmp_path, "--out", "a.pdf"], "a.pdf: must end in .png"),
+        (["draw"], "required: RUN, --out"),
+    ):
+        assert message in refusal(gradients.main([str(word) for word in arguments]), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_table_is_not_drawn(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"method": "dma_star_h", "env": "di_inv", "seed": 1}')
+    rows = [gradients.row_of(step, [{"z_pi": 0.5}]) for step in (5, 10)]
+    whole = dmash.csv_text(rows)
+    head, first, second = whole.splitlines(keepends=True)
+    arguments = ["draw", str(run), "--out", str(tmp_path / "a.png")]
+    for text, message in (
+        ("", "ends too early"),
+        (head, "ends too early"),
+        (whole[:-1], "ends too early"),
+        (head + first + second[:20], "row 2"),
+        (head + first.replace("0.5", "five") + second, "row 1"),
+        (whole.replace("E_z_pi", "E_z"), "row 1"),
+        (whole + second, "do not rise"),
+        (head + second + first, "do not rise"),
+    ):
+        (run / "gradients.csv").write_text(text)
+        said = refusal(gradients.main(arguments), capsys)
+        assert message in said and "gradients.csv" in said
+        assert not (tmp_path / "a.png").exists()
+    (run / "gradients.csv").write_text(whole)
+    assert gradients.main(arguments) == 0
+
+
+def test_help_says_its_own_name(capsys):
+    with pytest.raises(SystemExit) as end:
+        gradients.main(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    assert said.startswith("usage: gradients.py ") and "--env" in said and "gradients.csv" in said
