@@ -149,8 +149,9 @@ class ShadowRun(dmash.Run):
         return super().state_dict() | {"shadows": self.shadows}
 
     def load_state_dict(self, state):
+        state = {"shadows": []} | state  # that of dmash.py has none
         super().load_state_dict(state)
-        self.shadows = state.get("shadows", [])
+        self.shadows = state["shadows"]
 
 
 # ---- Figure -------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def read(folder):
         table = np.array([numbers_of(i, row) for i, row in enumerate(rows, 1)])
         if not rows or not text.endswith("\n"):
             raise ValueError("it ends too early")
-        if (np.diff(table[:, 0]) <= 0).any():
+        if not (np.diff(table[:, 0]) > 0).all():
             raise ValueError("its steps do not rise from row to row")
     return config["method"], name, dict(zip(COLUMNS, table.T))
 

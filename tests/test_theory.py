@@ -19,15 +19,16 @@ import dmash  # noqa: E402
 def results(tmp_path_factory):
     """By theorem: its numbers, in order, and the panels of its figure."""
     cfg = dmash.Config(env="di_inv", contexts=4, hidden=32, hyper_hidden=8, threads=1)
-    run = tmp_path_factory.mktemp("run")
-    dmash.Run(cfg, run).save()
+    run = dmash.Run(cfg, tmp_path_factory.mktemp("run"))
+    with dmash.lock(run.folder) as run.inode:
+        run.save()
     found = {}
     for name, theorem in {
         "a1": partial(theory.a1, steps=200, n=129),
         "a2": theory.a2,
         "a5": partial(theory.a5, steps=600, m=4, restarts=4),
         "a6": partial(theory.a6, steps=300, networks=2, n=2000),
-        "a15": partial(theory.a15, run=run, steps=140, n=300),
+        "a15": partial(theory.a15, run=run.folder, steps=140, n=300),
         "a17": partial(theory.a17, steps=(0, 200), n=30),
     }.items():
         torch.manual_seed(0)
