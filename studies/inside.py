@@ -211,9 +211,9 @@ def mean_actions(agent, space):
 def cross_table(agent, contexts):
     """Returns of acting in context c with ω inferred in c': (c, c', episodes).
 
-    ω is read anew at each step from an episode of the agent beside, in c'; the returns of those
-    episodes are (c, episodes). All begin in the same states, but an episode never acts on the ω of
-    one that began as it did: where c' is c, that would be its own window.
+    ω is read anew at each step from an episode of the agent beside, in c'. Those episodes' returns
+    are (c, episodes). All begin in the same states. But an episode never acts on the ω of one that
+    began as it did: where c' is c, that would be its own window.
     """
     n = len(contexts)
     episodes = range(CROSS_EPISODES)
@@ -297,8 +297,9 @@ def look(path, agent, space, windows):
         samples = {}
         for which in dmash.SETS:
             rows += rows_of(step, which, variability(agent, space, which))
-            found, *samples[which] = information(agent, space, which, windows)
+            found, contexts, codes = information(agent, space, which, windows)
             rows += rows_of(step, which, found)
+            samples[which] = (contexts, codes)
         mean = gather(agent, few, EPISODES, space.horizon, 4).mean(1)  # (n, d_z)
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         cosines = mean @ mean.T

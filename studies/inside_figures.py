@@ -83,27 +83,23 @@ def codes(space, cosines, samples):
 
 
 def adapter(space, values, a, s, returns):
-    """Mean action in three states under ω of each context; the cross-table of returns."""
+    """The first number of the mean action in three states, by ω's context; the cross-table."""
     strength = np.abs(a).mean((0, 1, 3))
     order = np.argsort(strength)
     states = order[[len(s) // 2, -len(s) // 10, -1]]  # of median, large and largest actions
-    actions = min(a.shape[-1], 2)
-    figure = Figure(figsize=(15, 1.6 + 2.6 * actions), layout="constrained")
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2, 1))
-    axes = left.subplots(actions, 3, sharex=True, sharey=True, squeeze=False)
-    for (row, column), ax in np.ndenumerate(axes):
+    axes = left.subplots(1, 3, sharey=True)
+    for ax, state in zip(axes, states):
         ax.axvspan(*space.first.train, color="0.92", zorder=0)
         ax.axhline(0, color="0.6", linewidth=0.8)
         for i, mode in enumerate(space.modes):
-            ax.plot(values, a[i, :, states[column], row], label=mode_label(mode), **look_of(i))
-    for ax, state in zip(axes[0], states):
-        ax.set_title("s = " + " ".join(f"{x:.2f}" for x in s[state][:6]), fontsize="small")
-    for ax in axes[-1]:
+            ax.plot(values, a[i, :, state, 0], label=mode_label(mode), **look_of(i))
+        numbers = " ".join(f"{x:.2f}" for x in s[state][:6])
+        ax.set_title(f"s = {numbers}", fontsize="small")
         ax.set_xlabel(f"{space.first.name} of ω's context")
-    for row, ax in enumerate(axes[:, 0]):
-        ax.set_ylabel(f"mean action {row + 1}")
-    handles = axes[0, 0].get_legend_handles_labels()
-    left.legend(*handles, loc="outside lower center", ncols=4)
+    axes[0].set_ylabel("mean action")
+    axes[0].legend()
     ax = right.subplots()
     names = heat_map(ax, returns, space, ".0f")
     ax.set(title="return", xlabel=f"ω of {names}", ylabel=f"acting in {names}")

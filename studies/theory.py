@@ -34,9 +34,10 @@ class Panel(NamedTuple):
     title: str
     xlabel: str
     ylabel: str
-    content: dict | np.ndarray  # (x, y) or (x, y, standard deviation) by label; or an image
+    curves: dict  # by label: (x, y) or (x, y, standard deviation)
     xscale: str = "linear"
     yscale: str = "linear"
+    image: np.ndarray | None = None  # of a function on [-1, 1]²
 
 
 # ---- What several theorems need -----------------------------------------------------------------
@@ -131,7 +132,7 @@ def a1(seed, steps=1500, n=257):
     whole_cell = (corners(piece, 1) == piece[1:, 1:]).all(0)
     image = np.where(whole_cell, np.abs(error[1:, 1:]), np.nan).T
     return numbers, [
-        Panel("error of a network on [s; z]; white: its edges", "s", "z", image),
+        Panel("error of a network on [s; z]; white: its edges", "s", "z", {}, image=image),
         Panel(
             "squares inside a piece", "side δ", "largest error at a corner", curves, "log", "log"
         ),
@@ -452,7 +453,7 @@ def a17(seed, steps=(0, 100, 300, 1000), n=200):
     """A.17, A.18: less noise and less of U in Z lower a bound on the policy gradient's variance.
 
     Claim: if tr Cov(G_Z) ≤ V₀ + L_m² tr Cov(Z), the bound falls when Z is replaced by its mean per
-    mode. Information about U is lost at once: here I(U; Z) falls from ln 5 to 0.
+    mode. So does the information about U: here I(U; Z) falls from ln 5 to 0.
     Built: a policy steers (class Steering), once where U has no effect and once where it has one.
     It learns with Z = (S, U/2, noise/2). G_Z is the gradient by ξ of one sample.
     Measured: tr Cov(G), its part E tr Cov(G|Z), and the bound, of Z and of its mean per mode. Both
@@ -576,14 +577,15 @@ def draw(panels):
     figure = Figure(figsize=(1 + 4.5 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, panel in zip(axes, panels):
-        if isinstance(panel.content, dict):
-            for look, (label, curve) in zip(LOOKS, panel.content.items()):
-                line = "none" if len(curve[0]) > 50 else "-"
-                ax.errorbar(*curve, **look, linestyle=line, markersize=4, label=label)
-            ax.legend(fontsize="small")
-        else:
-            image = ax.imshow(panel.content, cmap="cividis", origin="lower", extent=(-1, 1, -1, 1))
+        if panel.image is not None:
+            extent = (-1, 1, -1, 1)
+            image = ax.imshow(panel.image, cmap="cividis", origin="lower", extent=extent)
             figure.colorbar(image, ax=ax)
+        for look, (label, curve) in zip(LOOKS, panel.curves.items()):
+            line = "none" if len(curve[0]) > 50 else "-"
+            ax.errorbar(*curve, **look, linestyle=line, markersize=4, label=label)
+        if panel.curves:
+            ax.legend(fontsize="small")
         ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         ax.set(xscale=panel.xscale, yscale=panel.yscale)
     return figure
