@@ -182,8 +182,9 @@ def information(agent, space, which, n):
 def mean_actions(agent, space):
     """Mean actions under ω of contexts all over the extrapolation range of the first dimension.
 
-    Returns values (n,) of that dimension, actions (modes, n, states, d_a) averaged over windows,
-    states (states, d_s) of the warm-ups, and, where there are two modes, {"undone": cosine}.
+    Returns the values (n,) of that dimension, actions (modes, n, states, d_a) averaged over
+    windows, and states (states, d_s) of the warm-ups. {"undone": cosine} is empty without two
+    modes.
     """
     values = np.linspace(*space.first.extrapolation, 40)
     rollout = rollout_in(agent, space.mesh(values.repeat(EPISODES)), 2)

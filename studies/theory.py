@@ -102,8 +102,8 @@ def a1(seed, steps=1500, n=257):
     Built: a hypernetwork by hand, and a network on [s; z] that is trained on s·z in [-1, 1]².
     Measured: the adapter's largest error; the pieces of f on a grid of n × n points; and of all
     squares inside one piece the mixed second difference of f and the largest error at a corner.
-    It holds if the first number is 0, the mixed difference inside pieces is 0 but for rounding,
-    and the last number is at least 1.
+    It holds if the first number is 0 and the mixed difference inside pieces is 0 but for rounding.
+    The last number must be at least 1.
     """
     s, z = 100 * torch.randn(2, 10000, 1)
     product = hypernetwork_by_hand(torch.ones(1, 1), torch.ones(1, 1))
@@ -249,8 +249,8 @@ def a5(seed, steps=2000, m=8, restarts=3):
     x and at -x are not the same.
     Built: adapters of random ω; and adapters of 1 to 2 m units that are trained on -2x.
     Measured: ranks of ∂g/∂x; shares of -2x missed, in the range trained on and in ten times that.
-    It holds if no rank is above its width, no share is below 1 - k/m, and m units miss nearly
-    nothing in the first range but not in the second.
+    It holds if no rank is above its width and no share is below 1 - k/m. In the first range m
+    units must miss nearly nothing, in the second range they must miss something.
     """
     widths = [1, 2, 4, 8, 16, 32]
     ranks = [largest_rank(k) for k in widths]
