@@ -60,7 +60,7 @@ def test_training_is_the_same_with_and_without_shadow_gradients(method, tmp_path
         state = run.state_dict()  # with the generator, which the runs share
         updates = len(state.pop("shadows", []))
         assert updates == (6 if kind is gradients.ShadowRun else 0)
-        state["seconds"] = None
+        state["seconds"] = state["step_seconds"] = None
         state["grad"] = [p.grad for p in run.agent.parameters() if p.grad is not None]
         states.append(leaves(state))
     plain, shadowed = states
