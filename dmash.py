@@ -928,8 +928,8 @@ class Run:
                 self.evaluate_if_due()
                 for _ in progress("gradient steps", self.step, cfg.steps, self.recent_return):
                     self.gradient_step()
-                    self.evaluate_if_due()
                     self.stop_if_asked()
+                    self.evaluate_if_due()
         except FloatingPointError as error:
             kept = f"the last checkpoint in {self.folder} is untouched"
             raise FloatingPointError(f"step {self.step:,}: {error}; {kept}") from None
