@@ -158,6 +158,15 @@ def no_evaluation(agent, cfg, contexts, *rest):
     return np.zeros((2, len(contexts), 1))
 
 
+plot = dmash.plot
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing would take a third of the time."""
+    monkeypatch.setattr(dmash, "plot", lambda run: None)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run, not to be changed."""
@@ -174,7 +183,7 @@ def folder(run, tmp_path):
 def short_episodes(monkeypatch):
     """Every environment's episodes have 12 steps."""
     for env_id, spec in aib_envs.ENVS.items():
-        monkeypatch.setitem(aib_envs.ENVS, env_id, dataclasses.replace(spec, horizon=12))
+        monkeypatch.setitem(aib_envs.ENVS, env_id, dataclasses.replace(spec, horizon=12, K=6))
 
 
 @pytest.fixture
@@ -366,7 +375,9 @@ def test_a_stopped_run_resumes_exactly(
     assert_same_run(folder, run)
 
 
-TINY = dict(K=6, contexts=2, batch=4, random_steps=5, steps=12, eval_every=9, hidden=16)
+TINY = dict(
+    K=6, contexts=2, batch=4, random_steps=5, steps=12, eval_every=9, hidden=16, subsample=0.5
+)
 
 
 @pytest.mark.parametrize("env_id", [name for name in aib_envs.ENVS if name[:4] != "ode_"])
@@ -696,6 +707,7 @@ def test_the_picture(run, tmp_path, monkeypatch):
     figures = pytest.importorskip("matplotlib.figure")
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     drawn = []
+    monkeypatch.setattr(dmash, "plot", plot)
     monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     train(tmp_path / "costs $5")
     curves, last = drawn[0].axes
@@ -711,6 +723,7 @@ def test_the_picture(run, tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_a_line_says_how_to_get_the_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dmash, "plot", plot)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     folder = train(tmp_path)
     lines = capsys.readouterr().out.splitlines()
@@ -762,7 +775,10 @@ def test_quick(short_episodes, tmp_path):
 
 
 BAD_COMMANDS = [
-    ("--env cartpole", "unknown environment 'cartpole' (did you mean cartpole_inv?)"),
+    (
+        "--env cartpole",
+        "--env cartpole: unknown environment 'cartpole' (did you mean cartpole_inv?)",
+    ),
     ("--env ./my_module:my_env", "--env ./my_module:my_env: "),
     ("--env gymnasium:Nonsense-v0", "--env gymnasium:Nonsense-v0: "),
     ("--method dma_sta_sh", "unknown method 'dma_sta_sh' (did you mean dma_star_sh?)"),
