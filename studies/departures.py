@@ -1,178 +1,322 @@
 """Do the differences between dmash.py and the published code change returns?
 
-    python studies/departures.py --env cartpole_inv --method terminal --quick    one run; as long as one of dmash.py
+    python studies/departures.py --env ode --method dma_star --as published --quick
+    python studies/departures.py --env ode --method dma_star --as terminal+same_index --quick
+    python studies/departures.py --resume runs/ode__dma_star.published__quick__s1
 
-The command line is dmash.py's, with --go-on, --resume and --eval, and seven methods more. Four are DMA*-SH but for one
-thing, done as the published code does it (results/README.md, "Differences from the published code"):
+A run takes about as long as one of dmash.py, whose command line this is. `--as` names what is done as
+the published code does it, for any method. Names are joined by +, and `published` stands for all:
 
-    included    windows of the batch hold the transition to be predicted, as their last entry
-    terminal    the time limit is a terminal state in the critics' target
-    fresh       encoder and hypernetwork run again, with fresh masks, for the critics and for each step of the policy
-    apart       warm-ups act by the mean action, without masks, and stay out of the replay (and of the column
-                env_steps); none among random actions
+    included     The window of a transition in the batch holds that transition, as its last entry.
+    terminal     The time limit is a terminal state in the critics' target.
+    fresh        Encoder and hypernetwork run again for the critics and for each step of the policy,
+                 each time with another part of the window and other masks. The temperature learns
+                 from actions of its own. The KL term of DMA-Pearl comes from a second pass.
+    apart        Warm-ups act by the mean action, without masks. Windows reach back into them, but
+                 no batch holds their transitions. Random actions have no warm-up.
+    same_index   All contexts but the first have the same times in a batch.
+    same_start   All contexts have the same initial states, in training and in evaluation.
+    finished     A batch holds transitions of finished episodes only.
+    epsilon      The log-probability of an action has log(1 − tanh²u + 1e-6), not log(1 − tanh²u).
 
-The fifth tells what it is in actor_into_eta that does the harm: there the policy's loss reaches η through π and through
-the critics, which it may flatter.
+The run folder and its settings bear a name such as `dma_star.published`, so that --resume and --eval
+need nothing else, and studies/compare.py sets the run beside the others.
+
+Three methods are here only. The first tells what does the harm in actor_into_eta. There the policy's
+loss reaches η through π and through the critics, which it may flatter.
 
     through_pi  as actor_into_eta, but in the critics ω is a constant for the policy's loss
 
-The last two tell whether the baselines that know the context suffer from its units, which the published code leaves as
-they are (a string of .24 to .36 m beside a gravity of 8 to 12 m/s²).
+The others tell whether the baselines that know the context suffer from its units. The published code
+leaves these as they are: a string of .24 to .36 m beside a gravity of 8 to 12 m/s².
 
-    scaled_concat, scaled_da    as concat and da, with each number of the context from -1 to 1 over its train range
-
-The run folder bears the method's name, so that `studies/compare.py report` sets it beside the others.
+    scaled_concat, scaled_da    as concat and da; a context's numbers go from -1 to 1 in training
 """
 
 import contextlib
+import copy
+import functools
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-Replay, PLAIN_ACTOR_LOSS = dmash.Replay, dmash.actor_loss  # as they are, whatever stands in their place later
+DEPARTURES = (
+    "included",
+    "terminal",
+    "fresh",
+    "apart",
+    "same_index",
+    "same_start",
+    "finished",
+    "epsilon",
+)
+# the method of the table that each of the methods here starts from
+BASES = {"through_pi": "actor_into_eta", "scaled_concat": "concat", "scaled_da": "da"}
+
+plain_critic_loss = dmash.critic_loss  # as they are, whatever stands in their place later
+plain_actor_loss = dmash.actor_loss
+plain_evaluate = dmash.evaluate
 
 
-class IncludedReplay(dmash.Replay):
-    later = 0
+def departures_of(method):
+    """The departures that a method's name tells, such as dma_star.terminal+same_index."""
+    _, _, names = method.partition(".")
+    if names == "published":
+        return frozenset(DEPARTURES)
+    return frozenset(name for name in names.split("+") if name)
+
+
+class Batch(dmash.Batch):
+    """Has three attributes more: `ends` (B,), whether an episode ends with the transition;
+    `discounts` (B,), 0 where the return ends there, else 1; and `windows`, a function that reads
+    another part of the same windows, (B, L, 2 d_s + d_a)."""
+
+
+class Replay(dmash.Replay):
+    """Knows of each row whether it belongs to a warm-up, and whether an episode ends with it."""
+
+    def __init__(self, c, capacity, d_s, d_a, K, L):
+        super().__init__(c, capacity, d_s, d_a, K, L)
+        self.departures = frozenset()  # until the rollout says which
+        self.warm_ups = torch.zeros(capacity, dtype=torch.bool, device=c.device)
+        self.ends = torch.zeros(capacity, dtype=torch.bool, device=c.device)
+
+    def mark(self, warm_up, end):
+        """Says what the last row is."""
+        last = (self.t - 1) % self.capacity
+        self.warm_ups[last] = warm_up
+        self.ends[last] = end
+
+    def times(self):
+        """When the transitions happened that a batch may hold."""
+        oldest = max(0, self.t - self.capacity) + self.K
+        times = torch.arange(oldest, self.t, device=self.rows.device)
+        if "finished" in self.departures:
+            ends = times[self.ends[times % self.capacity]]
+            times = times[times <= ends.max()] if len(ends) else ends
+        if "apart" in self.departures:
+            times = times[~self.warm_ups[times % self.capacity]]
+        if len(times) == 0:
+            raise dmash.BadInput("--random-steps: must fill an episode, so that there is a batch")
+        return times
 
     def sample(self, size):
-        self.later = 1
-        batch = super().sample(size)
-        self.later = 0
+        times = self.times()
+        n = torch.arange(self.N, device=self.rows.device).repeat_interleave(size // self.N)
+        i = torch.randint(len(times), n.shape, device=self.rows.device)
+        if "same_index" in self.departures:
+            by_context = i.view(self.N, -1)
+            by_context[1:] = by_context[1:2]
+        t = times[i]
+        rows = self.rows[t % self.capacity, n]
+        s, a, ds, r = rows.split([self.d_s, self.d_a, self.d_s, 1], -1)
+        later = 1 if "included" in self.departures else 0
+        windows = functools.partial(self.windows, n, t + later, noisy=True)
+        batch = Batch(s, a, ds, r.squeeze(-1), windows(), self.c)
+        batch.windows = windows
+        batch.ends = self.ends[t % self.capacity]
+        batch.discounts = torch.ones_like(batch.r)
+        if "terminal" in self.departures:
+            batch.discounts[batch.ends] = 0
         return batch
 
-    def windows(self, n, t, noisy):
-        return super().windows(n, t + self.later, noisy)
+    def state_dict(self):
+        return super().state_dict() | {"warm_ups": self.warm_ups, "ends": self.ends}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.warm_ups[:] = state["warm_ups"]
+        self.ends[:] = state["ends"]
 
 
-class TerminalBatch(dmash.Batch):
-    """A batch that knows where its transitions end: `goes_on` (B,), 0 at the time limit, else 1."""
-
-
-class TerminalReplay(dmash.Replay):
-    def sample(self, size):
-        batch = TerminalBatch(*super().sample(size))
-        batch.goes_on = ((self.sampled + 1) % self.period != 0).float()
-        return batch
-
-    def windows(self, n, t, noisy):
-        self.sampled = t  # (B,)
-        return super().windows(n, t, noisy)
-
-
-class TerminalRollout(dmash.Rollout):
+class Rollout(dmash.Rollout):
     def __init__(self, agent, envs, **options):
         super().__init__(agent, envs, **options)
-        self.replay.period = agent.cfg.K + aib_envs.lookup(agent.cfg.env).horizon  # every episode with its warm-up
+        self.departures = departures_of(agent.cfg.method)
+        self.replay.departures = self.departures
+        self.warming_up = False
+        if "same_start" in self.departures:
+            envs.rngs = [copy.deepcopy(envs.rngs[0]) for _ in envs.rngs]
+        if agent.cfg.method.startswith("scaled_"):
+            ranges = [dim.train for dim in aib_envs.lookup(agent.cfg.env).context]
+            low, high = self.tensor(np.array(ranges, dtype=np.float32).T)  # (d_c,) each
+            self.replay.c = (2 * self.replay.c - low - high) / (high - low)
 
+    def begin_episode(self, warm_up=True, random=False):
+        noisy = self.noisy
+        self.warming_up = True
+        if "apart" in self.departures:
+            self.noisy = False
+            warm_up = warm_up and not random
+        super().begin_episode(warm_up, random)
+        self.noisy = noisy
+        self.warming_up = False
 
-def terminal_critic_loss(pi, Q, Q_target, alpha, told, batch, gamma, plain=dmash.critic_loss):
-    return plain(pi, Q, Q_target, alpha, told, batch, gamma * batch.goes_on)
-
-
-def through_pi_actor_loss(pi, Q, alpha, told, batch):
-    return PLAIN_ACTOR_LOSS(pi, lambda s, a, omega: Q(s, a, dmash.stop_gradient(omega)), alpha, told, batch)
+    def step(self, random=False):
+        result = super().step(random)
+        self.replay.mark(self.warming_up, self.done and not self.warming_up)
+        return result
 
 
 class FreshAgent(dmash.Agent):
     def update(self, batch, step):
-        self.batch = batch
-        return super().update(batch, step)
+        """As the plain one, but for the lines that draw anew."""
+        cfg, pi, Q, Q_target, losses = self.cfg, self.pi, self.Q, self.Q_target, {}
 
-    def reopened(self, loss, z, told):
-        _, told, _ = self.tell(self.batch.tau, self.batch.c, noisy=True)
-        return dmash.stop_gradient(told)
+        def tell():
+            return self.tell(batch.windows(), batch.c, noisy=True)
 
+        if self.f:
+            z, told, kl = self.tell(batch.tau, batch.c, noisy=True)
+            if self.method.kl:
+                _, _, kl = tell()
+            dynamics_loss = dmash.dynamics_loss(self.f, told, batch)
+            loss = dynamics_loss * (1 + self.method.kl * kl)
+            dmash.minimise(loss, self.optimizers["dynamics"])
+            losses["dynamics_loss"] = dynamics_loss.detach()
 
-class ApartReplay(dmash.Replay):
-    """Holds no warm-ups; `recent`, the last K transitions, which acting reads, does."""
+        z, told, _ = tell()
+        told = self.reopened("critic", dmash.stop_gradient(z), dmash.stop_gradient(told))
+        loss = dmash.critic_loss(pi, Q, Q_target, self.alpha, told, batch, cfg.gamma)
+        losses["critic_loss"] = dmash.minimise(loss, self.optimizers["critic"])
 
-    def __init__(self, c, capacity, d_s, d_a, K, L):
-        super().__init__(c, capacity, d_s, d_a, K, L)
-        self.recent, self.warm_up = Replay(c, K, d_s, d_a, K, L), False
+        for _ in range(2 if step % 2 == 0 else 0):
+            z, told, _ = tell()
+            told = self.reopened("actor", dmash.stop_gradient(z), dmash.stop_gradient(told))
+            loss, _ = dmash.actor_loss(pi, Q, self.alpha, told, batch)
+            losses["actor_loss"] = dmash.minimise(loss, self.optimizers["actor"])
+            with torch.no_grad():
+                _, logp = pi.sample(batch.s, told)
+            loss = dmash.temperature_loss(self.log_alpha, logp, self.target_entropy)
+            dmash.minimise(loss, self.optimizers["temperature"])
+            if self.pi_average:
+                dmash.average(self.pi_average, pi, cfg.policy_average)
 
-    def add(self, *transition):
-        self.recent.add(*transition)
-        if not self.warm_up:
-            super().add(*transition)
-
-    def latest(self, noisy):
-        return self.recent.latest(noisy)
-
-    def state_dict(self):
-        return super().state_dict() | {"recent": self.recent.state_dict()}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.recent.load_state_dict(state["recent"])
-
-
-class ApartRollout(dmash.Rollout):
-    def begin_episode(self, warm_up=True, random=False):
-        noisy, self.noisy, self.replay.warm_up = self.noisy, False, True
-        super().begin_episode(warm_up and not random)
-        self.noisy, self.replay.warm_up = noisy, False
+        dmash.average(Q_target, Q, cfg.polyak)
+        return losses | {"alpha": self.alpha}
 
 
-class ScaledRollout(dmash.Rollout):
-    def __init__(self, agent, envs, **options):
-        super().__init__(agent, envs, **options)
-        ranges = [dim.train for dim in aib_envs.lookup(agent.cfg.env).context]
-        low, high = self.tensor(np.array(ranges, dtype=np.float32).T)  # (d_c,) each
-        self.replay.c = (2 * self.replay.c - low - high) / (high - low)
+class EpsilonActor(dmash.Actor):
+    def sample(self, s, told):
+        mu, log_std = self(s, told)
+        noise = torch.randn_like(mu)
+        a = (mu + log_std.exp() * noise).tanh()
+        logp_u = -(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2
+        return a, (logp_u - torch.log(1 - a**2 + 1e-6)).sum(-1)
 
 
-DEPARTURES = {  # what of dmash.py each replaces
-    "included": {"Replay": IncludedReplay},
-    "terminal": {"Replay": TerminalReplay, "Rollout": TerminalRollout, "critic_loss": terminal_critic_loss},
-    "fresh": {"Agent": FreshAgent},
-    "apart": {"Replay": ApartReplay, "Rollout": ApartRollout},
-    "through_pi": {"actor_loss": through_pi_actor_loss},
-    "scaled_concat": {"Rollout": ScaledRollout},
-    "scaled_da": {"Rollout": ScaledRollout},
-}
-# the row of the table of methods, where it is not that of DMA*-SH
-BASES = {"through_pi": "actor_into_eta", "scaled_concat": "concat", "scaled_da": "da"}
-ROWS = {method: dmash.METHODS[base] for method, base in BASES.items()}
+def critic_loss(pi, Q, Q_target, alpha, told, batch, gamma):
+    return plain_critic_loss(pi, Q, Q_target, alpha, told, batch, gamma * batch.discounts)
+
+
+def through_pi_actor_loss(pi, Q, alpha, told, batch):
+    def Q_of_constant(s, a, omega):
+        return Q(s, a, omega.detach())
+
+    return plain_actor_loss(pi, Q_of_constant, alpha, told, batch)
+
+
+def evaluate_from_same_start(agent, cfg, contexts, rollouts=1, seed=None, **options):
+    """One rollout after the other, as all instances of a Rollout have the same initial states."""
+    seed = cfg.seed if seed is None else seed
+    results = []
+    for i in range(rollouts):
+        of_its_own = seed + i * 2**32  # no other run has it
+        results.append(plain_evaluate(agent, cfg, contexts, 1, of_its_own, **options))
+    returns, diverged = zip(*results)
+    return np.concatenate(returns, 1), np.concatenate(diverged, 1)
 
 
 @contextlib.contextmanager
 def departed(method):
-    """dmash with the functions and classes of a departure, while the block runs."""
-    dmash.METHODS.setdefault(method, ROWS.get(method, dmash.METHODS["dma_star_sh"])._replace(paper="departure"))
-    before = {name: getattr(dmash, name) for name in DEPARTURES[method]}
+    """dmash with the functions and classes that a method's name asks for, while the block runs."""
+    base, _, _ = method.partition(".")
+    names = departures_of(method)
+    row = dmash.METHODS[BASES.get(base, base)]
+    dmash.METHODS.setdefault(method, row._replace(paper="departure"))
+    instead = {"Replay": Replay, "Rollout": Rollout}
+    if "terminal" in names:
+        instead["critic_loss"] = critic_loss
+    if "fresh" in names:
+        instead["Agent"] = FreshAgent
+    if "same_start" in names:
+        instead["evaluate"] = evaluate_from_same_start
+    if "epsilon" in names:
+        instead["Actor"] = EpsilonActor
+    if base == "through_pi":
+        instead["actor_loss"] = through_pi_actor_loss
+    before = {name: getattr(dmash, name) for name in instead}
     try:
-        vars(dmash).update(DEPARTURES[method])
+        vars(dmash).update(instead)
         yield
     finally:
         vars(dmash).update(before)
 
 
-def method_of(words):
-    """The departure asked for, by each word of the command line and the next; BadInput if there is none."""
-    method = words.get("--method")
-    if run := words.get("--resume") or words.get("--eval"):
-        path = Path(run) / "policy.pt" if Path(run).is_dir() else Path(run)
-        with dmash.reading(path):
-            method = dmash.load(path)["settings"]["method"]
-    if method not in DEPARTURES:
-        raise dmash.BadInput(f"allowed: --method {', '.join(DEPARTURES)}, with settings, or a run of one of these")
+def method_named(base, words):
+    """The name of a method with the departures of `--as`; BadInput if there is no such method."""
+    known = [*BASES, *dmash.METHODS]
+    if base not in known:
+        raise dmash.BadInput(aib_envs.unknown("method", str(base), known))
+    given = DEPARTURES if words == "published" else words.split("+")
+    for name in given:
+        if name not in DEPARTURES:
+            raise dmash.BadInput(aib_envs.unknown("departure", name, ["published", *DEPARTURES]))
+    if set(given) == set(DEPARTURES):
+        return f"{base}.published"
+    return f"{base}.{'+'.join(name for name in DEPARTURES if name in given)}"
+
+
+def method_of_run(path):
+    """The method's name in a run's checkpoint, or in a policy file."""
+    path = Path(path)
+    if path.is_dir():
+        there = [path / name for name in ("checkpoint.pt", "policy.pt")]
+        path = there[0] if there[0].exists() else there[1]
+    with dmash.reading(path):
+        method = dmash.load(path)["settings"]["method"]
+        base, _, _ = method.partition(".")
+        if not set(departures_of(method)) <= set(DEPARTURES):
+            raise ValueError(f"unknown departure in {method}")
+        dmash.METHODS[BASES.get(base, base)]
     return method
+
+
+def build_parser():
+    """Of the arguments that are read here; dmash.py reads the others."""
+    parser = dmash.Parser("departures.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--as", dest="names")
+    parser.add_argument("--method", default="dma_star_sh")
+    parser.add_argument("--resume")
+    parser.add_argument("--eval")
+    return parser
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if {"-h", "--help"} & {*words}:
+    if "-h" in argv or "--help" in argv:
         print(__doc__)
         return 0
     try:
-        method = method_of(dict(zip(words, words[1:])))
+        args, others = build_parser().parse_known_args(argv)
+        run = args.resume or args.eval
+        if run:
+            method = method_of_run(run)
+        elif args.names is not None:
+            method = method_named(args.method, args.names)
+            argv = [*others, "--method", method]
+        else:
+            method = args.method
+            if method not in BASES:
+                allowed = ", ".join(["published", *DEPARTURES])
+                raise dmash.BadInput(f"--as: required, one of {allowed}, or several joined by +")
     except dmash.BadInput as error:
         print(f"departures.py: error: {error}", file=sys.stderr)
         return 2
