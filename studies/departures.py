@@ -19,18 +19,18 @@ the published code does it, for any method. Names are joined by +, and `publishe
     finished     A batch holds transitions of finished episodes only.
     epsilon      The log-probability of an action has log(1 − tanh²u + 1e-6), not log(1 − tanh²u).
 
-The run folder and its settings bear a name such as `dma_star.published`, so that --resume and --eval
-need nothing else, and studies/compare.py sets the run beside the others.
+The names are a setting of the run, `departures`, and stand in its folder's name, so that --resume and
+--eval need nothing else, and studies/compare.py sets the run beside the others.
 
-Three methods are here only. The first tells what does the harm in actor_into_eta. There the policy's
-loss reaches η through π and through the critics, which it may flatter.
+Two names more are no part of the published way. The first tells what does the harm in actor_into_eta.
+There the policy's loss reaches η through π and through the critics, which it may flatter.
 
-    through_pi  as actor_into_eta, but in the critics ω is a constant for the policy's loss
+    through_pi   The policy's loss reaches η through π alone; with --method actor_into_eta.
 
-The others tell whether the baselines that know the context suffer from its units. The published code
+The other tells whether the baselines that know the context suffer from its units. The published code
 leaves these as they are: a string of .24 to .36 m beside a gravity of 8 to 12 m/s².
 
-    scaled_concat, scaled_da    as concat and da; a context's numbers go from -1 to 1 in training
+    scaled       A context's numbers go from -1 to 1 in training; with concat and da.
 """
 
 import contextlib
@@ -38,6 +38,7 @@ import copy
 import functools
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-DEPARTURES = (
+PUBLISHED = (
     "included",
     "terminal",
     "fresh",
@@ -57,20 +58,44 @@ DEPARTURES = (
     "finished",
     "epsilon",
 )
-# the method of the table that each of the methods here starts from
-BASES = {"through_pi": "actor_into_eta", "scaled_concat": "concat", "scaled_da": "da"}
+DEPARTURES = (*PUBLISHED, "through_pi", "scaled")
 
 plain_critic_loss = dmash.critic_loss  # as they are, whatever stands in their place later
 plain_actor_loss = dmash.actor_loss
 plain_evaluate = dmash.evaluate
 
 
-def departures_of(method):
-    """The departures that a method's name tells, such as dma_star.terminal+same_index."""
-    _, _, names = method.partition(".")
-    if names == "published":
-        return frozenset(DEPARTURES)
-    return frozenset(name for name in names.split("+") if name)
+@dataclass
+class Config(dmash.Config):
+    departures: str = dmash.option("", "published, or names joined by +")
+
+    @property
+    def names(self):
+        """A set of names of DEPARTURES."""
+        if self.departures == "published":
+            return set(PUBLISHED)
+        return {name for name in self.departures.split("+") if name}
+
+    @property
+    def folder(self):
+        plain = super().folder
+        if not self.departures:
+            return plain
+        env, method, rest = plain.name.partition(f"__{self.method}__")
+        return plain.with_name(f"{env}__{self.method}.{self.departures}__{rest}")
+
+
+def joined(words):
+    """The setting of a run for the words of --as; BadInput if one of them is no departure."""
+    names = set(words.split("+"))
+    if "published" in names:
+        names = names - {"published"} | set(PUBLISHED)
+    for name in names:
+        if name not in DEPARTURES:
+            raise dmash.BadInput(aib_envs.unknown("departure", name, ["published", *DEPARTURES]))
+    if names == set(PUBLISHED):
+        return "published"
+    return "+".join(sorted(names))
 
 
 class Batch(dmash.Batch):
@@ -84,7 +109,7 @@ class Replay(dmash.Replay):
 
     def __init__(self, c, capacity, d_s, d_a, K, L):
         super().__init__(c, capacity, d_s, d_a, K, L)
-        self.departures = frozenset()  # until the rollout says which
+        self.departures = set()  # until the rollout says which
         self.warm_ups = torch.zeros(capacity, dtype=torch.bool, device=c.device)
         self.ends = torch.zeros(capacity, dtype=torch.bool, device=c.device)
 
@@ -139,12 +164,12 @@ class Replay(dmash.Replay):
 class Rollout(dmash.Rollout):
     def __init__(self, agent, envs, **options):
         super().__init__(agent, envs, **options)
-        self.departures = departures_of(agent.cfg.method)
+        self.departures = agent.cfg.names
         self.replay.departures = self.departures
         self.warming_up = False
         if "same_start" in self.departures:
             envs.rngs = [copy.deepcopy(envs.rngs[0]) for _ in envs.rngs]
-        if agent.cfg.method.startswith("scaled_"):
+        if "scaled" in self.departures:
             ranges = [dim.train for dim in aib_envs.lookup(agent.cfg.env).context]
             low, high = self.tensor(np.array(ranges, dtype=np.float32).T)  # (d_c,) each
             self.replay.c = (2 * self.replay.c - low - high) / (high - low)
@@ -235,13 +260,10 @@ def evaluate_from_same_start(agent, cfg, contexts, rollouts=1, seed=None, **opti
 
 
 @contextlib.contextmanager
-def departed(method):
-    """dmash with the functions and classes that a method's name asks for, while the block runs."""
-    base, _, _ = method.partition(".")
-    names = departures_of(method)
-    row = dmash.METHODS[BASES.get(base, base)]
-    dmash.METHODS.setdefault(method, row._replace(paper="departure"))
-    instead = {"Replay": Replay, "Rollout": Rollout}
+def departed(departures):
+    """dmash with the functions and classes of a run's departures, while the block runs."""
+    names = Config(departures=departures).names
+    instead = {"Config": Config, "Replay": Replay, "Rollout": Rollout}
     if "terminal" in names:
         instead["critic_loss"] = critic_loss
     if "fresh" in names:
@@ -250,7 +272,7 @@ def departed(method):
         instead["evaluate"] = evaluate_from_same_start
     if "epsilon" in names:
         instead["Actor"] = EpsilonActor
-    if base == "through_pi":
+    if "through_pi" in names:
         instead["actor_loss"] = through_pi_actor_loss
     before = {name: getattr(dmash, name) for name in instead}
     try:
@@ -260,40 +282,20 @@ def departed(method):
         vars(dmash).update(before)
 
 
-def method_named(base, words):
-    """The name of a method with the departures of `--as`; BadInput if there is no such method."""
-    known = [*BASES, *dmash.METHODS]
-    if base not in known:
-        raise dmash.BadInput(aib_envs.unknown("method", str(base), known))
-    given = DEPARTURES if words == "published" else words.split("+")
-    for name in given:
-        if name not in DEPARTURES:
-            raise dmash.BadInput(aib_envs.unknown("departure", name, ["published", *DEPARTURES]))
-    if set(given) == set(DEPARTURES):
-        return f"{base}.published"
-    return f"{base}.{'+'.join(name for name in DEPARTURES if name in given)}"
-
-
-def method_of_run(path):
-    """The method's name in a run's checkpoint, or in a policy file."""
+def departures_of_run(path):
+    """The setting in a run's checkpoint, or in a policy file."""
     path = Path(path)
     if path.is_dir():
         there = [path / name for name in ("checkpoint.pt", "policy.pt")]
         path = there[0] if there[0].exists() else there[1]
     with dmash.reading(path):
-        method = dmash.load(path)["settings"]["method"]
-        base, _, _ = method.partition(".")
-        if not set(departures_of(method)) <= set(DEPARTURES):
-            raise ValueError(f"unknown departure in {method}")
-        dmash.METHODS[BASES.get(base, base)]
-    return method
+        return joined(dmash.load(path)["settings"]["departures"])
 
 
 def build_parser():
     """Of the arguments that are read here; dmash.py reads the others."""
     parser = dmash.Parser("departures.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--as", dest="names")
-    parser.add_argument("--method", default="dma_star_sh")
     parser.add_argument("--resume")
     parser.add_argument("--eval")
     return parser
@@ -308,19 +310,17 @@ def main(argv=None):
         args, others = build_parser().parse_known_args(argv)
         run = args.resume or args.eval
         if run:
-            method = method_of_run(run)
-        elif args.names is not None:
-            method = method_named(args.method, args.names)
-            argv = [*others, "--method", method]
+            departures = departures_of_run(run)
+        elif args.names is None:
+            allowed = ", ".join(["published", *DEPARTURES])
+            raise dmash.BadInput(f"--as: required, one of {allowed}, or several joined by +")
         else:
-            method = args.method
-            if method not in BASES:
-                allowed = ", ".join(["published", *DEPARTURES])
-                raise dmash.BadInput(f"--as: required, one of {allowed}, or several joined by +")
+            departures = joined(args.names)
+            argv = [*others, "--departures", departures]
     except dmash.BadInput as error:
         print(f"departures.py: error: {error}", file=sys.stderr)
         return 2
-    with departed(method):
+    with departed(departures):
         return dmash.main(argv)
 
 
