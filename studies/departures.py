@@ -4,8 +4,9 @@
     python studies/departures.py --env ode --method dma_star --as terminal+same_index --quick
     python studies/departures.py --resume runs/ode__dma_star.published__quick__s1
 
-A run takes about as long as one of dmash.py, whose command line this is. `--as` names what is done as
-the published code does it, for any method. Names are joined by +, and `published` stands for all:
+The other words of the command line are those of dmash.py, and so are the time and what is printed.
+`--as` names what differs from dmash.py, for any method. Names are joined by +, and `published` stands
+for the first eight, which are what the published code does:
 
     included     The window of a transition in the batch holds that transition, as its last entry.
     terminal     The time limit is a terminal state in the critics' target.
@@ -19,20 +20,25 @@ the published code does it, for any method. Names are joined by +, and `publishe
     finished     A batch holds transitions of finished episodes only.
     epsilon      The log-probability of an action has log(1 − tanh²u + 1e-6), not log(1 − tanh²u).
 
-The names are a setting of the run, `departures`, and stand in its folder's name, so that --resume and
---eval need nothing else, and studies/compare.py sets the run beside the others.
+Four names let RL losses reach η, which takes a method with a shared hypernetwork. For the named loss,
+ω is computed again from z, a constant, and Adam steps η at the dynamics' rate, too:
 
-Two names more are no part of the published way. The first tells what does the harm in actor_into_eta.
-There the policy's loss reaches η through π and through the critics, which it may flatter.
+    critic_into_eta   The critics' loss reaches η.
+    actor_into_eta    The policy's loss reaches η, through π and through the critics.
+    both_into_eta     Both losses reach η.
+    through_pi        The policy's loss reaches η through π; in the critics, ω is a constant for it.
 
-    through_pi   The policy's loss reaches η through π alone; with --method actor_into_eta.
-
-The other tells whether the baselines that know the context suffer from its units. The published code
+One name tells whether the methods that know the context suffer from its units. The published code
 leaves these as they are: a string of .24 to .36 m beside a gravity of 8 to 12 m/s².
 
-    scaled       A context's numbers go from -1 to 1 in training; with concat and da.
+    scaled       Each number of the true context goes from -1 to 1 over its train range.
+
+The names are a setting of the run, `departures`, and stand in the folder's name. So --resume and
+--eval find them, and studies/compare.py sets the run beside the others. A name in the place of a
+method, such as `--method actor_into_eta`, stands for DMA*-SH with that departure.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -44,64 +50,79 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-PUBLISHED = (
-    "included",
-    "terminal",
-    "fresh",
-    "apart",
-    "same_index",
-    "same_start",
-    "finished",
-    "epsilon",
-)
-DEPARTURES = (*PUBLISHED, "through_pi", "scaled")
+PUBLISHED = ["included", "terminal", "fresh", "apart"]
+PUBLISHED += ["same_index", "same_start", "finished", "epsilon"]
+INTO_ETA = {  # which losses reach η
+    "critic_into_eta": ["critic"],
+    "actor_into_eta": ["actor"],
+    "both_into_eta": ["critic", "actor"],
+    "through_pi": ["actor"],
+}
+DEPARTURES = [*PUBLISHED, *INTO_ETA, "scaled"]
 
-plain_critic_loss = dmash.critic_loss  # as they are, whatever stands in their place later
-plain_actor_loss = dmash.actor_loss
+plain_run_folder = dmash.run_folder  # as they are, whatever stands in their place later
 plain_evaluate = dmash.evaluate
+
+# ---- Settings -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Config(dmash.Config):
     departures: str = dmash.option("", "published, or names joined by +")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.into_eta and dmash.METHODS[self.method].hypernetwork != "shared":
+            raise dmash.BadInput(f"{self.departures}: {self.method} has no shared hypernetwork")
+
     @property
     def names(self):
-        """A set of names of DEPARTURES."""
+        """The departures, a set of names."""
         if self.departures == "published":
             return set(PUBLISHED)
         return {name for name in self.departures.split("+") if name}
 
     @property
-    def folder(self):
-        plain = super().folder
-        if not self.departures:
-            return plain
-        env, method, rest = plain.name.partition(f"__{self.method}__")
-        return plain.with_name(f"{env}__{self.method}.{self.departures}__{rest}")
+    def into_eta(self):
+        """The losses that reach η."""
+        return {loss for name in self.names & INTO_ETA.keys() for loss in INTO_ETA[name]}
 
 
-def joined(words):
-    """The setting of a run for the words of --as; BadInput if one of them is no departure."""
-    names = set(words.split("+"))
-    if "published" in names:
-        names = names - {"published"} | set(PUBLISHED)
+def setting_of(names):
+    """The setting `departures` of a list of names; BadInput if one of them is no departure."""
+    found = set()
     for name in names:
-        if name not in DEPARTURES:
+        if name == "published":
+            found.update(PUBLISHED)
+        elif name in DEPARTURES:
+            found.add(name)
+        else:
             raise dmash.BadInput(aib_envs.unknown("departure", name, ["published", *DEPARTURES]))
-    if names == set(PUBLISHED):
+    if found == set(PUBLISHED):
         return "published"
-    return "+".join(sorted(names))
+    return "+".join(sorted(found))
+
+
+def run_folder(cfg):
+    plain = plain_run_folder(cfg)
+    if not cfg.departures:
+        return plain
+    method = f"__{cfg.method}"
+    return plain.with_name(plain.name.replace(method, f"{method}.{cfg.departures}", 1))
+
+
+# ---- Replay and rollout -------------------------------------------------------------------------
 
 
 class Batch(dmash.Batch):
-    """Has three attributes more: `ends` (B,), whether an episode ends with the transition;
-    `discounts` (B,), 0 where the return ends there, else 1; and `windows`, a function that reads
-    another part of the same windows, (B, L, 2 d_s + d_a)."""
+    """Has two attributes more. `discounts` (B,) is 0 where the return ends, else 1.
+
+    `windows` is a function that reads another part of the same windows, (B, L, 2 d_s + d_a).
+    """
 
 
 class Replay(dmash.Replay):
@@ -109,24 +130,25 @@ class Replay(dmash.Replay):
 
     def __init__(self, c, capacity, d_s, d_a, K, L):
         super().__init__(c, capacity, d_s, d_a, K, L)
-        self.departures = set()  # until the rollout says which
+        self.names = set()  # until the rollout says which
         self.warm_ups = torch.zeros(capacity, dtype=torch.bool, device=c.device)
         self.ends = torch.zeros(capacity, dtype=torch.bool, device=c.device)
 
     def mark(self, warm_up, end):
         """Says what the last row is."""
-        last = (self.t - 1) % self.capacity
-        self.warm_ups[last] = warm_up
-        self.ends[last] = end
+        row = (self.t - 1) % self.capacity
+        self.warm_ups[row] = warm_up
+        self.ends[row] = end
 
     def times(self):
         """When the transitions happened that a batch may hold."""
         oldest = max(0, self.t - self.capacity) + self.K
         times = torch.arange(oldest, self.t, device=self.rows.device)
-        if "finished" in self.departures:
-            ends = times[self.ends[times % self.capacity]]
-            times = times[times <= ends.max()] if len(ends) else ends
-        if "apart" in self.departures:
+        if "finished" in self.names:
+            last = times[self.ends[times % self.capacity]].tolist()[-1:]
+            finished = last[0] + 1 - oldest if last else 0
+            times = times[:finished]
+        if "apart" in self.names:
             times = times[~self.warm_ups[times % self.capacity]]
         if len(times) == 0:
             raise dmash.BadInput("--random-steps: must fill an episode, so that there is a batch")
@@ -136,20 +158,18 @@ class Replay(dmash.Replay):
         times = self.times()
         n = torch.arange(self.N, device=self.rows.device).repeat_interleave(size // self.N)
         i = torch.randint(len(times), n.shape, device=self.rows.device)
-        if "same_index" in self.departures:
-            by_context = i.view(self.N, -1)
-            by_context[1:] = by_context[1:2]
+        if "same_index" in self.names:
+            of_context = i.view(self.N, -1)
+            of_context[1:] = of_context[1:2]
         t = times[i]
-        rows = self.rows[t % self.capacity, n]
-        s, a, ds, r = rows.split([self.d_s, self.d_a, self.d_s, 1], -1)
-        later = 1 if "included" in self.departures else 0
-        windows = functools.partial(self.windows, n, t + later, noisy=True)
+        s, a, ds, r = self.rows[t % self.capacity, n].split([self.d_s, self.d_a, self.d_s, 1], -1)
+        until = t + 1 if "included" in self.names else t
+        windows = functools.partial(self.windows, n, until, noisy=True)
         batch = Batch(s, a, ds, r.squeeze(-1), windows(), self.c)
         batch.windows = windows
-        batch.ends = self.ends[t % self.capacity]
         batch.discounts = torch.ones_like(batch.r)
-        if "terminal" in self.departures:
-            batch.discounts[batch.ends] = 0
+        if "terminal" in self.names:
+            batch.discounts[self.ends[t % self.capacity]] = 0
         return batch
 
     def state_dict(self):
@@ -164,12 +184,11 @@ class Replay(dmash.Replay):
 class Rollout(dmash.Rollout):
     def __init__(self, agent, envs, **options):
         super().__init__(agent, envs, **options)
-        self.departures = agent.cfg.names
-        self.replay.departures = self.departures
+        self.names = self.replay.names = agent.cfg.names
         self.warming_up = False
-        if "same_start" in self.departures:
+        if "same_start" in self.names:
             envs.rngs = [copy.deepcopy(envs.rngs[0]) for _ in envs.rngs]
-        if "scaled" in self.departures:
+        if "scaled" in self.names:
             ranges = [dim.train for dim in aib_envs.lookup(agent.cfg.env).context]
             low, high = self.tensor(np.array(ranges, dtype=np.float32).T)  # (d_c,) each
             self.replay.c = (2 * self.replay.c - low - high) / (high - low)
@@ -177,7 +196,7 @@ class Rollout(dmash.Rollout):
     def begin_episode(self, warm_up=True, random=False):
         noisy = self.noisy
         self.warming_up = True
-        if "apart" in self.departures:
+        if "apart" in self.names:
             self.noisy = False
             warm_up = warm_up and not random
         super().begin_episode(warm_up, random)
@@ -190,138 +209,171 @@ class Rollout(dmash.Rollout):
         return result
 
 
-class FreshAgent(dmash.Agent):
-    def update(self, batch, step):
-        """As the plain one, but for the lines that draw anew."""
-        cfg, pi, Q, Q_target, losses = self.cfg, self.pi, self.Q, self.Q_target, {}
-
-        def tell():
-            return self.tell(batch.windows(), batch.c, noisy=True)
-
-        if self.f:
-            z, told, kl = self.tell(batch.tau, batch.c, noisy=True)
-            if self.method.kl:
-                _, _, kl = tell()
-            dynamics_loss = dmash.dynamics_loss(self.f, told, batch)
-            loss = dynamics_loss * (1 + self.method.kl * kl)
-            dmash.minimise(loss, self.optimizers["dynamics"])
-            losses["dynamics_loss"] = dynamics_loss.detach()
-
-        z, told, _ = tell()
-        told = self.reopened("critic", dmash.stop_gradient(z), dmash.stop_gradient(told))
-        loss = dmash.critic_loss(pi, Q, Q_target, self.alpha, told, batch, cfg.gamma)
-        losses["critic_loss"] = dmash.minimise(loss, self.optimizers["critic"])
-
-        for _ in range(2 if step % 2 == 0 else 0):
-            z, told, _ = tell()
-            told = self.reopened("actor", dmash.stop_gradient(z), dmash.stop_gradient(told))
-            loss, _ = dmash.actor_loss(pi, Q, self.alpha, told, batch)
-            losses["actor_loss"] = dmash.minimise(loss, self.optimizers["actor"])
-            with torch.no_grad():
-                _, logp = pi.sample(batch.s, told)
-            loss = dmash.temperature_loss(self.log_alpha, logp, self.target_entropy)
-            dmash.minimise(loss, self.optimizers["temperature"])
-            if self.pi_average:
-                dmash.average(self.pi_average, pi, cfg.policy_average)
-
-        dmash.average(Q_target, Q, cfg.polyak)
-        return losses | {"alpha": self.alpha}
-
-
-class EpsilonActor(dmash.Actor):
-    def sample(self, s, told):
-        mu, log_std = self(s, told)
-        noise = torch.randn_like(mu)
-        a = (mu + log_std.exp() * noise).tanh()
-        logp_u = -(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2
-        return a, (logp_u - torch.log(1 - a**2 + 1e-6)).sum(-1)
-
-
-def critic_loss(pi, Q, Q_target, alpha, told, batch, gamma):
-    return plain_critic_loss(pi, Q, Q_target, alpha, told, batch, gamma * batch.discounts)
-
-
-def through_pi_actor_loss(pi, Q, alpha, told, batch):
-    def Q_of_constant(s, a, omega):
-        return Q(s, a, omega.detach())
-
-    return plain_actor_loss(pi, Q_of_constant, alpha, told, batch)
-
-
-def evaluate_from_same_start(agent, cfg, contexts, rollouts=1, seed=None, **options):
+def evaluate_from_same_start(agent, cfg, contexts, rollouts=1, seed=None):
     """One rollout after the other, as all instances of a Rollout have the same initial states."""
     seed = cfg.seed if seed is None else seed
     results = []
     for i in range(rollouts):
-        of_its_own = seed + i * 2**32  # no other run has it
-        results.append(plain_evaluate(agent, cfg, contexts, 1, of_its_own, **options))
+        results.append(plain_evaluate(agent, cfg, contexts, 1, seed + i * 2**32))
     returns, diverged = zip(*results)
     return np.concatenate(returns, 1), np.concatenate(diverged, 1)
 
 
+# ---- Policy and update --------------------------------------------------------------------------
+
+
+class EpsilonActor(dmash.Actor):
+    def sample(self, s, omega):
+        mu, log_std = self(s, omega)
+        noise = torch.randn_like(mu)
+        a = (mu + log_std.exp() * noise).tanh()
+        log_prob_u = -(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2
+        return a, (log_prob_u - torch.log(1 - a**2 + 1e-6)).sum(-1)
+
+
+def through_pi_loss(pi, Q, alpha, omega, batch):
+    """The policy's loss, with ω a constant in the critics."""
+
+    def Q_of_constant(s, a, omega):
+        return Q(s, a, omega.detach())
+
+    return dmash.actor_loss(pi, Q_of_constant, alpha, omega, batch)
+
+
+class Agent(dmash.Agent):
+    """Updates line by line as dmash.Agent does, but for `names`."""
+
+    def __init__(self, cfg, d_s, d_a, d_c):
+        super().__init__(cfg, d_s, d_a, d_c)
+        self.names, self.into_eta = cfg.names, cfg.into_eta
+        for loss in self.into_eta:  # the same as an Adam of its own, which works weight by weight
+            eta = {"params": list(self.h.parameters()), "lr": cfg.dynamics_lr}
+            self.optimizers[loss].add_param_group(eta)
+
+    def omega_for(self, loss, batch, z, omega):
+        """What π and Q get in the named loss."""
+        if "fresh" in self.names:
+            z, omega = self.infer(batch.windows(), noisy=True, c=batch.c)
+        if loss in self.into_eta:
+            return self.h(z.detach())
+        return omega.detach()
+
+    def update(self, batch, step):
+        """As dmash.Agent.update."""
+        optimizers, losses = self.optimizers, {}
+
+        z, omega = self.infer(batch.tau, noisy=True, c=batch.c)
+        if self.f is not None:
+            loss = dmash.dynamics_loss(self.f, omega, batch)
+            losses["dynamics_loss"] = loss.detach()
+            if self.method.kl:
+                if "fresh" in self.names:
+                    self.infer(batch.windows(), noisy=True)  # leaves another KL term
+                loss = loss * (1 + self.method.kl * self.g.kl)
+            optimizers["dynamics"].zero_grad()
+            loss.backward()
+            optimizers["dynamics"].step()
+
+        told = self.omega_for("critic", batch, z, omega)
+        networks = self.pi, self.Q, self.Q_target
+        gamma = self.cfg.gamma * batch.discounts
+        loss = dmash.critic_loss(*networks, self.alpha, told, batch, gamma)
+        losses["critic_loss"] = loss.detach()
+        optimizers["critic"].zero_grad()
+        loss.backward()
+        optimizers["critic"].step()
+
+        if step % 2 == 0:
+            actor_loss = through_pi_loss if "through_pi" in self.names else dmash.actor_loss
+            self.Q.requires_grad_(False)
+            for _ in range(2):
+                told = self.omega_for("actor", batch, z, omega)
+                loss, log_prob = actor_loss(self.pi, self.Q, self.alpha, told, batch)
+                losses["actor_loss"] = loss.detach()
+                optimizers["actor"].zero_grad()
+                loss.backward()
+                optimizers["actor"].step()
+
+                if "fresh" in self.names:
+                    with torch.no_grad():
+                        _, log_prob = self.pi.sample(batch.s, told)
+                loss = dmash.temperature_loss(self.log_alpha, log_prob, self.target_entropy)
+                optimizers["temperature"].zero_grad()
+                loss.backward()
+                optimizers["temperature"].step()
+
+                if self.pi_average is not None:
+                    dmash.move_towards(self.pi_average, self.pi, self.cfg.policy_average)
+            self.Q.requires_grad_(True)
+
+        dmash.move_towards(self.Q_target, self.Q, self.cfg.polyak)
+        losses["alpha"] = self.alpha
+        return losses
+
+
+# ---- Command line -------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def departed(departures):
-    """dmash with the functions and classes of a run's departures, while the block runs."""
+    """In the block, dmash has the functions and classes of this file, as the setting asks."""
+    instead = {"Config": Config, "run_folder": run_folder}
+    instead |= {"Replay": Replay, "Rollout": Rollout, "Agent": Agent}
     names = Config(departures=departures).names
-    instead = {"Config": Config, "Replay": Replay, "Rollout": Rollout}
-    if "terminal" in names:
-        instead["critic_loss"] = critic_loss
-    if "fresh" in names:
-        instead["Agent"] = FreshAgent
     if "same_start" in names:
         instead["evaluate"] = evaluate_from_same_start
     if "epsilon" in names:
         instead["Actor"] = EpsilonActor
-    if "through_pi" in names:
-        instead["actor_loss"] = through_pi_actor_loss
     before = {name: getattr(dmash, name) for name in instead}
+    vars(dmash).update(instead)
     try:
-        vars(dmash).update(instead)
         yield
     finally:
         vars(dmash).update(before)
 
 
 def departures_of_run(path):
-    """The setting in a run's checkpoint, or in a policy file."""
+    """The setting of a run folder or a policy file."""
     path = Path(path)
     if path.is_dir():
-        there = [path / name for name in ("checkpoint.pt", "policy.pt")]
-        path = there[0] if there[0].exists() else there[1]
+        there = path / "checkpoint.pt"
+        path = there if there.is_file() else path / "policy.pt"
     with dmash.reading(path):
-        return joined(dmash.load(path)["settings"]["departures"])
+        return setting_of(dmash.load(path)["settings"]["departures"].split("+"))
 
 
-def build_parser():
-    """Of the arguments that are read here; dmash.py reads the others."""
-    parser = dmash.Parser("departures.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--as", dest="names")
-    parser.add_argument("--resume")
-    parser.add_argument("--eval")
-    return parser
+def run_command(argv):
+    layout = argparse.RawDescriptionHelpFormatter
+    options = dict(formatter_class=layout, allow_abbrev=False)
+    parser = dmash.Parser("departures.py", description=__doc__, **options)
+    parser.add_argument("--as", dest="names", metavar="NAMES", help="names joined by +")
+    parser.add_argument("--method", default="dma_star_sh", help="any method of dmash.py")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run")
+    parser.add_argument("--eval", metavar="RUN", help="evaluate a run folder or a policy file")
+    args, words = parser.parse_known_args(argv)
+    run = args.resume or args.eval
+    if run is not None:
+        departures = departures_of_run(run)
+        words = argv
+    else:
+        names, method = [], args.method
+        if method in DEPARTURES:
+            names, method = [method], "dma_star_sh"
+        if args.names is not None:
+            names += args.names.split("+")
+        if not names:
+            allowed = ", ".join(["published", *DEPARTURES])
+            raise dmash.BadInput(f"--as: required, one of {allowed}, or several joined by +")
+        departures = setting_of(names)
+        words += ["--method", method, "--departures", departures]
+    with departed(departures):
+        dmash.run_command(vars(dmash.build_parser().parse_args(words)))
 
 
 def main(argv=None):
+    """The command line. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        print(__doc__)
-        return 0
-    try:
-        args, others = build_parser().parse_known_args(argv)
-        run = args.resume or args.eval
-        if run:
-            departures = departures_of_run(run)
-        elif args.names is None:
-            allowed = ", ".join(["published", *DEPARTURES])
-            raise dmash.BadInput(f"--as: required, one of {allowed}, or several joined by +")
-        else:
-            departures = joined(args.names)
-            argv = [*others, "--departures", departures]
-    except dmash.BadInput as error:
-        print(f"departures.py: error: {error}", file=sys.stderr)
-        return 2
-    with departed(departures):
-        return dmash.main(argv)
+    return dmash.exit_status("departures.py", lambda: run_command(argv))
 
 
 if __name__ == "__main__":
