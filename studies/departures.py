@@ -5,8 +5,8 @@
     python studies/departures.py --resume runs/ode__dma_star.published__quick__s1
 
 The other words of the command line are those of dmash.py, and so are the time and what is printed.
-`--as` names what differs from dmash.py, for any method. Names are joined by +, and `published` stands
-for the first eight, which are what the published code does:
+`--as` names what differs from dmash.py, for any method. Names are joined by +. `published` stands for
+the first eight, which are what the published code does:
 
     included     The window of a transition in the batch holds that transition, as its last entry.
     terminal     The time limit is a terminal state in the critics' target.
@@ -20,8 +20,8 @@ for the first eight, which are what the published code does:
     finished     A batch holds transitions of finished episodes only.
     epsilon      The log-probability of an action has log(1 − tanh²u + 1e-6), not log(1 − tanh²u).
 
-Four names let RL losses reach η, which takes a method with a shared hypernetwork. For the named loss,
-ω is computed again from z, a constant, and Adam steps η at the dynamics' rate, too:
+Four names let RL losses reach η, in methods with a shared hypernetwork. For the named loss, ω is
+computed again from z, a constant, and Adam steps η at the dynamics' rate, too:
 
     critic_into_eta   The critics' loss reaches η.
     actor_into_eta    The policy's loss reaches η, through π and through the critics.
