@@ -5,8 +5,8 @@
     python studies/departures.py --resume runs/ode__dma_star.published__quick__s1
 
 The other words of the command line are those of dmash.py, and so are the time and what is printed.
-`--as` names what differs from dmash.py, for any method. Names are joined by +. `published` stands for
-the first eight, which are what the published code does:
+`--as` names what differs from dmash.py, for any method. Names are joined by +. `published` stands
+for the first eight, which are what the published code does:
 
     included     The window of a transition in the batch holds that transition, as its last entry.
     terminal     The time limit is a terminal state in the critics' target.
