@@ -1,21 +1,26 @@
-"""What does "zero-shot" cost, in steps? From an empty window, after a switch; and how short may the window be?
+"""What does "zero-shot" cost, in steps? And how short may the window be?
 
     python studies/adaptation.py RUN [RUN ...] [--out FOLDER] [--rollouts N]
 
-RUN: a run folder or a policy file, all of one environment, of any methods and seeds. They act in the training contexts
-and in their mirror images: in the other mode (sign, swap) or, where there is none, with the first context at one end of
-its train range and at the other. Three questions, half an episode each:
+RUN is a run folder or a policy file. All are of one environment, of any methods and seeds. The
+agents act in the training contexts and in their mirror images. The mirror image of a context has
+the other mode (sign, swap). Where there is none, the first context is at one end of its train
+range, and in the mirror image at the other. There are three questions of half an episode each:
 
-    start     an episode begins with an empty window, all zeros; reference: with a full one, after a warm-up
-    switch    in mid-episode the context becomes its mirror image, the window is still of the old one; reference: a
-              twin in the same state whose window becomes one of the new context
-    window    only the last k of the window's K transitions are there, the rest zeros; reference: all K
+    start     An episode begins with an empty window, all zeros.
+              Reference: it begins with a full window, after a warm-up.
+    switch    In mid-episode the context becomes its mirror image. The window is of the old context.
+              Reference: a twin in the same state, whose window becomes one of the new context.
+    window    Only the last k of the window's K transitions are there, the rest are zeros.
+              Reference: all K are there.
 
-Rollout and reference have contexts, initial states and agent in common. What is told c (concat, da) or nothing (dr)
-reads no window: the controls. Prints for each run, and writes by mode into adaptation.csv, the mean reward of both, the
-return lost against the reference, and the steps until the reward (mean over ten steps) stays at 95 % of the
-reference's, inf if it does not. The mode of a switch is that after it. Draws adaptation.png. On one CPU core about 25
-seconds for a run of cartpole_inv, 3 for one of di_inv.
+Rollout and reference have contexts, initial states and agent in common. Methods that are told the
+context (concat, da) or nothing (dr) read no window. They are the controls.
+
+Each run prints a line. adaptation.csv has rows by mode, which after a switch is the new one. A row
+has the mean reward of rollout and reference, the return lost against the reference, and the steps
+until the reward (mean over ten steps) stays at 95 % of the reference's, inf if it does not.
+adaptation.png shows all. On one CPU core a run of cartpole_inv takes about 25 seconds.
 """
 
 import argparse
@@ -25,30 +30,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from runs import distinct, group
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-SHARE, SMOOTH = 0.95, 10  # of the reference's reward; steps of a moving mean
+SHARE = 0.95  # of the reference's reward
+SMOOTH = 10  # steps of a moving mean
 
-# ---- Contexts that change, windows that are short ---------------------------------------------------------------
+# ---- Contexts that change, windows that are short -----------------------------------------------
 
 
 def mirrored_dim(env_id):
-    """The context dimension that a switch changes: the first binary one or, where there is none, the first."""
+    """The context dimension that a switch changes: the first binary one, else the first."""
     dims = aib_envs.lookup(env_id).context
-    return next((dim for dim in dims if dim.binary), dims[0])
+    binary = [dim for dim in dims if dim.binary]
+    return binary[0] if binary else dims[0]
 
 
 def mirrored(env_id, context):
-    """The context with that value mirrored in the middle of its train range: the other mode, the other end."""
+    """The context with that value mirrored in the middle of its train range."""
     dim = mirrored_dim(env_id)
     return context | {dim.name: sum(dim.train) - context[dim.name]}
 
 
 def switch(rollout):
-    """Mirrors all contexts now. Physical states and the window stay; the methods that are told c are told."""
+    """Mirrors all contexts now. States and windows stay. The methods that know c know it."""
     envs, task = rollout.envs, rollout.envs.task
     envs.task = task.with_contexts([mirrored(envs.env_id, context) for context in task.contexts])
     envs.task.restore(task.snapshot())
@@ -56,151 +64,204 @@ def switch(rollout):
 
 
 class ShortReplay(dmash.Replay):
-    """Its latest windows hold the last `keep` of K transitions, zeros in place of the others, as if not yet written."""
+    """Its latest windows hold the last `keep` of K transitions, and zeros for the others."""
 
-    keep = None  # all
+    def __init__(self, plain, keep):
+        sizes = plain.capacity, plain.d_s, plain.d_a, plain.K, plain.L
+        super().__init__(plain.c, *sizes)
+        self.keep = keep
 
     def latest(self, noisy):
         tau = super().latest(noisy)
-        return tau if tau is None or self.keep is None else tau * read(self.K, self.L, self.keep).unsqueeze(-1)
+        if tau is None:
+            return None
+        return tau * read(self.K, self.L, self.keep).unsqueeze(-1)
 
 
 def read(K, L, keep):
-    """Which of the L window positions that the encoder reads are among the last `keep` of K, (L,)."""
+    """Which of the L window positions that are read are among the last `keep` of K, (L,)."""
     return dmash.subsample(1, K, L, noisy=False)[0] >= K - keep
 
 
 def rewards(agent, contexts, rollouts, warm_up=True, keep=None, after=None):
-    """Rewards (T // 2, N) of the first half of an episode. With `after` "switch", of the second half, which begins with
-    a switch; with "twin" the window, too, then is of the new context. The mirror image of a context stands half of
-    `contexts` away; the first of several rollouts starts where a single one does."""
+    """Rewards (T // 2, N) of the first half of an episode.
+
+    after "switch": of the second half, which begins with a switch. after "twin": the window, too,
+    then is of the new context. The mirror image of a context stands half of `contexts` away. The
+    first of several rollouts starts where a single one does.
+    """
     envs = aib_envs.VectorEnv(agent.cfg.env, contexts * rollouts, seed=[agent.cfg.seed, 2])
-    rollout, half, found = dmash.Rollout(agent, envs, noisy=False), envs.horizon // 2, []
-    old = rollout.replay
-    rollout.replay = ShortReplay(old.c, old.capacity, old.d_s, old.d_a, old.K, old.L)
-    rollout.replay.keep = keep
+    rollout = dmash.Rollout(agent, envs, noisy=False)
+    rollout.replay = ShortReplay(rollout.replay, agent.cfg.K if keep is None else keep)
     rollout.begin_episode(warm_up)
-    while envs.t < (2 * half if after else half):
-        if envs.t == half:
-            switch(rollout)
-            found = []
-            if after == "twin":
-                mirror_image = torch.arange(envs.N).reshape(rollouts, 2, -1).flip(1).flatten()
-                rollout.replay.rows = rollout.replay.rows[:, mirror_image]
-        _, _, r, _ = rollout.step()
-        found.append(np.where(rollout.diverged, 0, r.numpy()))
+    half, found = envs.horizon // 2, []
+    while envs.t < half:
+        found.append(reward(rollout))
+    if after is None:
+        return np.array(found)
+    switch(rollout)
+    if after == "twin":
+        mirror_image = torch.arange(envs.N).reshape(rollouts, 2, -1).flip(1).flatten()
+        rollout.replay.rows = rollout.replay.rows[:, mirror_image]
+    found = []
+    while envs.t < 2 * half:
+        found.append(reward(rollout))
     return np.array(found)
 
 
-# ---- The three questions ----------------------------------------------------------------------------------------
+def reward(rollout):
+    """The rewards (N,) of a step, 0 where the simulation diverged."""
+    _, _, r, _ = rollout.step()
+    return np.where(rollout.diverged, 0, r.numpy())
+
+
+# ---- The three questions ------------------------------------------------------------------------
 
 
 def smooth(x):
     """The mean of each entry of x (T,) and the SMOOTH - 1 before it, as far as there are any."""
     ones = np.ones(SMOOTH)
-    return np.convolve(x, ones)[: len(x)] / np.convolve(np.ones(len(x)), ones)[: len(x)]
+    counts = np.convolve(np.ones(len(x)), ones)[: len(x)]
+    return np.convolve(x, ones)[: len(x)] / counts
 
 
 def steps_to(curve, reference):
-    """Steps until the moving mean of `curve` (T,) stays at SHARE of that of `reference`; inf: it does not."""
-    curve, reference = smooth(curve), smooth(reference)
-    below = np.flatnonzero(curve < SHARE * reference - 1e-9)
+    """Steps until the moving mean of `curve` (T,) stays at SHARE of the reference's; inf: never."""
+    below = np.flatnonzero(smooth(curve) < SHARE * smooth(reference) - 1e-9)
     if len(below) == 0:
         return 0
-    return math.inf if below[-1] == len(curve) - 1 else int(below[-1]) + 1
+    if below[-1] == len(curve) - 1:
+        return math.inf
+    return int(below[-1]) + 1
+
+
+def lengths(cfg, reads):
+    """The numbers k of transitions that a window keeps, without K."""
+    if not reads:
+        return [0]
+    powers = [2**i for i in range(1, 30)]
+    return [0, *(k for k in powers if k < cfg.K)]
 
 
 def study(agent, rollouts):
-    """Rows of adaptation.csv, and for each question, for `window` each k, the mean rewards over time of the rollouts
-    and of their reference, (T // 2,) each."""
-    cfg = agent.cfg
+    """Rows of adaptation.csv, and the curves.
+
+    Curves are by question, and for `window` by k: the mean rewards over time of the rollouts and of
+    their reference, (T // 2,) each.
+    """
+    cfg, reads = agent.cfg, agent.g is not None
     contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
     dim = mirrored_dim(cfg.env)
     if not dim.binary:
-        contexts = [context | {dim.name: dim.train[i % 2]} for i, context in enumerate(contexts)]
+        contexts = [c | {dim.name: dim.train[i % 2]} for i, c in enumerate(contexts)]
     contexts += [mirrored(cfg.env, context) for context in contexts]
-    values = np.array([context[dim.name] for context in contexts] * rollouts)
-    new = np.array([mirrored(cfg.env, context)[dim.name] for context in contexts] * rollouts)  # after the switch
-    act = lambda **how: rewards(agent, contexts, rollouts, **how)
-    full = act()
-    pairs = {("start", ""): (act(warm_up=False), full), ("switch", ""): (act(after="switch"), act(after="twin"))}
-    for k in [0, *(2**i for i in range(1, 30) if 2**i < cfg.K)] if cfg.L else [0]:
-        pairs["window", k] = act(keep=k), full
+    before = np.array([context[dim.name] for context in contexts] * rollouts)
+    after = sum(dim.train) - before
+
+    full = rewards(agent, contexts, rollouts)
+    empty = rewards(agent, contexts, rollouts, warm_up=False)
+    switched = rewards(agent, contexts, rollouts, after="switch")
+    twins = rewards(agent, contexts, rollouts, after="twin")
+    pairs = {("start", ""): (empty, full), ("switch", ""): (switched, twins)}
+    for k in lengths(cfg, reads):
+        pairs["window", k] = rewards(agent, contexts, rollouts, keep=k), full
     pairs["window", cfg.K] = full, full
-    rows = []
+
+    rows, curves = [], {}
     for (question, k), (found, reference) in pairs.items():
-        mode = new if question == "switch" else values
-        of_modes = {f"{dim.name}={value:g}": mode == value for value in dim.train}
-        for name, which in ({"all": np.full(len(mode), True)} | of_modes).items():
+        curves[question, k] = found.mean(1), reference.mean(1)
+        values = after if question == "switch" else before
+        modes = {"all": np.full(len(values), True)}
+        for value in dim.train:
+            modes[f"{dim.name}={value:g}"] = np.isclose(values, value)
+        for mode, which in modes.items():
             mean, ref = found[:, which].mean(1), reference[:, which].mean(1)
-            row = dict(method=cfg.method, seed=cfg.seed, step=agent.step, question=question, mode=name, k=k)
-            row["read"] = int(read(cfg.K, cfg.L, k).sum()) if k != "" and cfg.L else ""
-            row |= dict(reward=float(mean.mean()), reference=float(ref.mean()), lost=float((ref - mean).sum()))
-            rows.append(row | {"steps": steps_to(mean, ref) if question != "window" else ""})
-    return rows, {key: (found.mean(1), reference.mean(1)) for key, (found, reference) in pairs.items()}
+            row = dict(method=cfg.method, seed=cfg.seed, step=agent.step)
+            row.update(question=question, mode=mode, k=k, read="")
+            if question == "window" and reads:
+                row["read"] = int(read(cfg.K, cfg.L, k).sum())
+            row["reward"], row["reference"] = float(mean.mean()), float(ref.mean())
+            row["lost"] = float((ref - mean).sum())
+            row["steps"] = "" if question == "window" else steps_to(mean, ref)
+            rows.append(row)
+    return rows, curves
 
 
 def summary(rows):
     """A run's numbers, all modes together, in a line."""
-    rows, parts = [row for row in rows if row["mode"] == "all"], []
-    for row in rows[:2]:
+    start, switched, *windows = [row for row in rows if row["mode"] == "all"]
+    parts = []
+    for row in (start, switched):
         parts.append(f"{row['question']} {row['lost']:.1f} lost, {row['steps']} steps")
-    windows = "  ".join(f"{row['k']}: {row['reward']:.3f}" for row in rows[2:])
-    return f"{rows[0]['method']}, seed {rows[0]['seed']}: {'; '.join(parts)}; reward by k  {windows}"
+    by_k = "  ".join(f"{row['k']}: {row['reward']:.3f}" for row in windows)
+    parts.append(f"reward by k  {by_k}")
+    return f"{start['method']}, seed {start['seed']}: {'; '.join(parts)}"
 
 
-# ---- Picture ----------------------------------------------------------------------------------------------------
+# ---- Picture ------------------------------------------------------------------------------------
 
 
 def draw(env_id, found):
-    """The figure of `found`, a list of method and curves: of several runs of a method, the mean."""
-    from compare_figures import style, with_legend
+    """The figure of `found`, a list of label and curves. Of several runs of a label, the mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    axes[1].sharey(axes[0])
-    for method in dict.fromkeys(method for method, _ in found):
-        runs = [curves for name, curves in found if name == method]
-        mean = lambda key: np.mean([run[key] for run in runs], 0)  # of rollouts and reference, (2, T // 2)
-        for ax, question in zip(axes, ("start", "switch")):
+    start, switched, windows = figure.subplots(1, 3)
+    switched.sharey(start)
+    ticks = set()
+    for label, runs in group(found, lambda item: item[0]).items():
+
+        def mean(key):
+            """Of rollouts and reference, (2, T // 2)."""
+            return np.mean([curves[key] for _, curves in runs], 0)
+
+        for panel, question in ((start, "start"), (switched, "switch")):
             curve, reference = mean((question, ""))
-            ax.plot(smooth(curve - reference), markevery=max(1, len(curve) // 10), **style(method))
-        ks = [k for question, k in runs[0] if question == "window"]
-        axes[2].plot(ks, [mean(("window", k))[0].mean() for k in ks], **style(method))
-    axes[0].set(title="begun with an empty window", xlabel="steps since the start of the episode")
-    axes[1].set(title="context switched in mid-episode", xlabel="steps since the switch")
-    for ax in axes[:2]:
-        ax.set_ylabel("reward less the reference's, per step")
-    axes[2].set(title="with a short window", xlabel="k, transitions kept of the last K", ylabel="reward per step")
-    axes[2].set_xscale("symlog", base=2, linthresh=2)
-    axes[2].set_xticks(ks_of(found), map(str, ks_of(found)))
-    axes[2].minorticks_off()
+            panel.plot(smooth(curve - reference), label=label)
+        ks = [k for question, k in runs[0][1] if question == "window"]
+        windows.plot(ks, [mean(("window", k))[0].mean() for k in ks], "o-", label=label)
+        ticks.update(ks)
+    start.set(title="begun with an empty window", xlabel="steps since the start of the episode")
+    switched.set(title="context switched in mid-episode", xlabel="steps since the switch")
+    for panel in (start, switched):
+        panel.set_ylabel("reward less the reference's, per step")
+    windows.set(title="with a short window", xlabel="k, transitions kept of the last K")
+    windows.set_ylabel("reward per step")
+    windows.set_xscale("symlog", base=2, linthresh=2)
+    windows.set_xticks(sorted(ticks), [str(k) for k in sorted(ticks)])
+    windows.minorticks_off()
     figure.suptitle(f"{env_id}: what an agent loses while its window does not tell the context")
-    return with_legend(figure)
+    figure.legend(*start.get_legend_handles_labels(), loc="outside lower center", ncols=8)
+    return figure
 
 
-def ks_of(found):
-    return sorted({k for _, curves in found for question, k in curves if question == "window"})
+# ---- Command line -------------------------------------------------------------------------------
 
 
-# ---- Command line -----------------------------------------------------------------------------------------------
+def policy_file(run):
+    return Path(run) / "policy.pt" if Path(run).is_dir() else Path(run)
 
 
 def run_command(args):
-    rollouts = dmash.number("--rollouts", args.rollouts, int, "[1, 1000]")
-    agents = [dmash.load_policy(run)[1] for run in args.runs]
+    rollouts = dmash.number("--rollouts", args.rollouts, int, 1, 1000)
+    paths = distinct(policy_file(run) for run in args.runs)
+    agents = [dmash.load_policy(path)[1] for path in paths]
     if len({agent.cfg.env for agent in agents}) > 1:
-        each = ", ".join(f"{run} of {agent.cfg.env}" for run, agent in zip(args.runs, agents))
-        raise dmash.BadInput(f"{each}: must be of one environment")
-    out, rows, found, several = Path(args.out), [], [], len({agent.cfg.K for agent in agents}) > 1
+        each = [f"{path} of {agent.cfg.env}" for path, agent in zip(paths, agents)]
+        raise dmash.BadInput(f"{', '.join(each)}: must be of one environment")
+    several_lengths = len({agent.cfg.K for agent in agents}) > 1
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    rows, found = [], []
     for agent in agents:
         of_run, curves = study(agent, rollouts)
         print(summary(of_run), flush=True)
         rows += of_run
-        found.append((agent.cfg.method + f", K {agent.cfg.K}" * several, curves))
-    (out / "adaptation.csv").write_bytes(dmash.csv_text(rows).encode())
+        label = agent.cfg.method
+        if several_lengths:
+            label += f", K {agent.cfg.K}"
+        found.append((label, curves))
+    (out / "adaptation.csv").write_text(dmash.csv_text(rows))
     try:
         draw(agents[0].cfg.env, found).savefig(out / "adaptation.png", dpi=110)
     except ImportError as error:
@@ -211,9 +272,9 @@ def main(argv=None):
     """The command line. Returns the exit status."""
     layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = dmash.Parser("adaptation.py", description=__doc__, **layout)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or policy files, of one environment")
-    parser.add_argument("--out", default="results/adaptation", help="folder to write into (default: %(default)s)")
-    parser.add_argument("--rollouts", default=1, help="episodes in each context (default: %(default)s)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or policy files")
+    parser.add_argument("--out", default="results/adaptation", help="folder (%(default)s)")
+    parser.add_argument("--rollouts", default=1, help="episodes in each context (%(default)s)")
     return dmash.exit_status("adaptation.py", lambda: run_command(parser.parse_args(argv)))
 
 

@@ -1,17 +1,25 @@
-"""What does an agent do when its motor is reversed under way? A film: an animated GIF, contexts side by side.
+"""What does an agent do when its motor is reversed under way? A film, contexts side by side.
 
-    python studies/film.py RUN [--out FILE.gif] [--contexts length=.5,action_factor=-1 ...] [--seconds N] [--seed N]
+    python studies/film.py RUN [--out FILE.gif] [--contexts length=.5,action_factor=-1 ...]
+                               [--seconds N] [--seed N]
 
-RUN is a run folder or a policy file. In each context (default: both modes, all else at its default) the agent begins an
-episode as in an evaluation, its window full of transitions of that context. Half way the context becomes its mirror
-image (the other sign or swap; where there is none, the other end of the first context's train range): body and window
-stay, and no weight changes. Below each picture: the code z, eight numbers over time, where the agent infers one; the
-action; the return so far. Prints the return before and after the switch. Needs matplotlib. Half a minute.
+RUN is a run folder or a policy file. In each context (default: both modes, all else at its default)
+the agent begins an episode as in an evaluation: its window is full of transitions of that context.
+Half way the context becomes its mirror image, which has the other sign or swap. Where there is
+none, it has the other end of the first context's train range. Body and window stay, and no weight
+changes.
+
+The last column begins like the first, but from the switch on ω stays what it was just before. The
+agent goes on to infer z, and does not use it. So one sees what inferring is good for.
+
+Poles start tilted and are pushed now and then (START, PUSH), since a pole that is left alone stays
+upright for long. Below each picture are the code z (eight numbers over time, if the agent infers
+one), the action, and the return so far. The program prints the return before and after the switch.
+It needs matplotlib and half a minute.
 """
 
 import argparse
 import sys
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +31,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-FRAMES, FPS, HOLD = 200, 25, 1500  # of a film at most, per second, and ms of the last one
+FRAMES = 200  # of a film at most
+FPS = 25
+HOLD = 1500  # ms of the last frame
 MOST = 4  # contexts side by side
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # of modes, in the order in which they appear
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # of modes, in the order they appear
+# By environment: the first state, and what is added to the state at each push, the signs in turns.
+START = {"cartpole_inv": [0.0, 0.2, 0.0, 0.0]}  # of cart and pole: m, rad, m/s, rad/s
+PUSH = {"cartpole_inv": [0.0, 0.0, 0.0, 1.0]}
+EVERY = 100  # steps between pushes
+WORDS = {  # for a value of a context
+    ("action_factor", 1): "normal",
+    ("action_factor", -1): "inverted",
+    ("swap", 0): "normal",
+    ("swap", 1): "swapped",
+    ("sign_x", 1): "x normal",
+    ("sign_x", -1): "x inverted",
+    ("sign_y", 1): "y normal",
+    ("sign_y", -1): "y inverted",
+}
 
 
 class Film(NamedTuple):
@@ -38,24 +62,64 @@ class Film(NamedTuple):
     r: np.ndarray  # (T, N)
 
 
-def shoot(agent, contexts, steps, seed):
-    """Acts. All instances start in the same state, as far as it does not depend on the context."""
-    envs = aib_envs.VectorEnv(agent.cfg.env, contexts, seed)
+class Freezing(dmash.Rollout):
+    """A Rollout in which ω of the last instance can be frozen."""
+
+    def __init__(self, agent, envs):
+        super().__init__(agent, envs, noisy=False)
+        self.agent, self.act_as = self, agent
+        self.cfg = agent.cfg
+        self.z, self.omega, self.frozen = None, None, False
+
+    def infer(self, tau, noisy, c):
+        self.z, omega = self.act_as.infer(tau, noisy, c)
+        if self.frozen:
+            omega = last_of(self.omega, omega)
+        self.omega = omega
+        return self.z, omega
+
+    def act(self, s, omega, noisy):
+        return self.act_as.act(s, omega, noisy)
+
+
+def last_of(old, new):
+    """ω, or what stands in its place, with the last row of `old`."""
+    if isinstance(new, dmash.Omega):
+        return dmash.Omega(*map(last_of, old, new))
+    return torch.cat([new[:-1], old[-1:]])
+
+
+def shoot(agent, contexts, steps, seed, freeze=False):
+    """Acts. All instances start in the same state, as far as it does not depend on the context.
+
+    freeze: from the switch on, ω of the last instance stays what it was.
+    """
+    env = agent.cfg.env
+    envs = aib_envs.VectorEnv(env, contexts, seed)
     envs.rngs = [np.random.default_rng(seed) for _ in contexts]
-    rollout, rows = dmash.Rollout(agent, envs, noisy=False), []
+    rollout = Freezing(agent, envs)
     rollout.begin_episode()
+    if env in START:
+        envs.task.set_state(np.tile(START[env], (envs.N, 1)))
+        rollout.s = torch.from_numpy(envs.task.observation().astype(np.float32))
+    frames = []
     for t in range(steps):
         if t == steps // 2:
             switch(rollout)
-        with torch.no_grad():
-            z, _, _ = agent.tell(rollout.replay.latest(False), rollout.replay.c, False)
-        pictures, (_, a, r, _) = [envs.task.picture(i) for i in range(envs.N)], rollout.step()
-        rows.append((envs.task.contexts, pictures, z, a, r))
-    contexts, pictures, *numbers = zip(*rows)
-    return Film(contexts, pictures, *(None if x[0] is None else torch.stack(x).numpy() for x in numbers))
+            rollout.frozen = freeze
+        if env in PUSH and t % EVERY == EVERY - 1:
+            push = np.array(PUSH[env]) * (-1) ** (t // EVERY)
+            envs.task.set_state(envs.task.state() + push)
+            rollout.s = torch.from_numpy(envs.task.observation().astype(np.float32))
+        pictures = [envs.task.picture(i) for i in range(envs.N)]
+        _, a, r, _ = rollout.step()
+        frames.append((envs.task.contexts, pictures, rollout.z, a, r))
+    contexts, pictures, z, a, r = zip(*frames)
+    z = None if z[0] is None else torch.stack(z).numpy()
+    return Film(contexts, pictures, z, torch.stack(a).numpy(), torch.stack(r).numpy())
 
 
-# ---- Pictures ---------------------------------------------------------------------------------------------------
+# ---- Pictures -----------------------------------------------------------------------------------
 
 
 def outline(shape):
@@ -67,105 +131,165 @@ def outline(shape):
 
 
 def boxes(film, ratio):
-    """What the pictures show at each step, (T, N, 2, 2): lower left and upper right corners, `ratio` times as wide as
-    high. All that ever moves, always; or, of what goes far, the environment's own view, which follows."""
+    """The corners of what the pictures show, lower left and upper right, (T, N, 2, 2).
+
+    A picture is `ratio` times as wide as high. It shows all that ever moves. Of what goes far, it
+    shows the environment's own view, which follows.
+    """
     width = film.pictures[0][0][0].width
-    shapes = [shape for row in film.pictures for _, shapes in row for shape in shapes]
-    points = np.concatenate([outline(s) for s in shapes if np.hypot(*(s.end - s.start)) < 5 * width])  # no ground
+    points = []
+    for row in film.pictures:
+        for _, shapes in row:
+            for shape in shapes:
+                if np.linalg.norm(shape.end - shape.start) < 5 * width:  # not the ground
+                    points.append(outline(shape))
+    points = np.concatenate(points)
     low, high = points.min(0), points.max(0)
     if max(high - low) < 1.5 * width:
-        centres, size = np.broadcast_to((low + high) / 2, (*film.r.shape, 2)), 1.1 * (high - low)
+        centres = np.broadcast_to((low + high) / 2, (*film.r.shape, 2))
+        size = 1.1 * (high - low)
     else:
-        centres, size = np.array([[view.centre for view, _ in row] for row in film.pictures]), np.full(2, width)
+        centres = np.array([[view.centre for view, _ in row] for row in film.pictures])
+        size = np.full(2, width)
     size = np.maximum(size, size[::-1] * (ratio, 1 / ratio))
     return np.stack([centres - size / 2, centres + size / 2], -2)
 
 
 def label(context):
     """The context in words, the mode first."""
-    from compare_figures import SIGNS
-
-    names = sorted(context, key=lambda name: name not in SIGNS)
-    return ", ".join(SIGNS.get(name, {}).get(context[name], f"{name} {context[name]:.3g}") for name in names)
+    modes, others = [], []
+    for name, value in context.items():
+        if (name, value) in WORDS:
+            modes.append(WORDS[name, value])
+        else:
+            others.append(f"{name} {value:.3g}")
+    return ", ".join(modes + others)
 
 
 class Screen:
-    """The figure of a film, a column per context; `at` draws it as it stands after step t."""
+    """The figure of a film, a column per context. `at` draws it as it stands after step t."""
 
-    def __init__(self, film, env_id, dt, title):
+    def __init__(self, film, env_id, dt, title, frozen):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.collections import PolyCollection
         from matplotlib.figure import Figure
 
         T, N = film.r.shape
         self.film, self.dt, self.half, self.dim = film, dt, T // 2, mirrored_dim(env_id).name
-        self.modes = list(dict.fromkeys(c[self.dim] for t in (0, -1) for c in film.contexts[t]))
+        self.modes = []
+        for context in (*film.contexts[0], *film.contexts[-1]):
+            if context[self.dim] not in self.modes:
+                self.modes.append(context[self.dim])
         self.returns = film.r.cumsum(0)  # (T, N)
-        rows = {"picture": 3} | ({} if film.z is None else {"z": 1.4}) | {"action": 1, "return": 1}  # and heights
-        figure = Figure(figsize=(9, 2.4 + len(rows)), dpi=100, layout="constrained")
+        self.notes = [""] * N
+        if frozen:
+            self.notes[-1] = ", ω frozen"
+        heights = {"picture": 3, "z": 1.4, "action": 1, "return": 1}
+        if film.z is None:
+            del heights["z"]
+        figure = Figure(figsize=(3 + 3 * N, 2.4 + len(heights)), dpi=100, layout="constrained")
         self.canvas = FigureCanvasAgg(figure)
-        grid = figure.subplots(len(rows), N, squeeze=False, sharey="row", height_ratios=[*rows.values()])
-        self.axes = [dict(zip(rows, column)) for column in grid.T]
+        options = dict(squeeze=False, sharey="row", height_ratios=list(heights.values()))
+        grid = figure.subplots(len(heights), N, **options)
         figure.suptitle(title, fontsize=13)
-        low, high = min(0, self.returns.min()), max(self.returns.max(), 1e-9)
-        for ax in self.axes:
-            ax["picture"].set_title(" ", fontsize=14, fontweight="bold")
-            ax["picture"].set_xlabel("position, m")
-            ax["picture"].tick_params(left=False, labelleft=False)
-            ax["action"].set_ylim(-1.15, 1.15)
-            ax["return"].set(xlabel="time, s", ylim=(low, high + 0.2 * (high - low)))
-            for name in list(rows)[1:]:
-                ax[name].set_xlim(0, T * dt)
-                ax[name].tick_params(labelbottom=name == "return")
-                self.axes[0][name].set_ylabel(name, fontsize=12)
+        self.columns = [dict(zip(heights, column)) for column in grid.T]
+        for column in self.columns:
+            self.prepare(column, T * dt)
+        for name in heights:
+            if name != "picture":
+                self.columns[0][name].set_ylabel(name, fontsize=12)
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # lest anything moves from now on
-        size = self.axes[0]["picture"].get_window_extent()
+        figure.set_layout_engine("none")  # From now on, nothing moves.
+        size = self.columns[0]["picture"].get_window_extent()
         self.boxes = boxes(film, size.width / size.height)
-        self.bodies = [ax["picture"].add_collection(PolyCollection([])) for ax in self.axes]
-        write = lambda ax, **how: ax.text(0.02, 0.92, "", transform=ax.transAxes, va="top", **how)
-        self.banners = [write(ax["picture"], color="white", fontsize=14, fontweight="bold") for ax in self.axes]
-        self.numbers = [write(ax["return"], fontsize=11) for ax in self.axes]
         self.lines, self.images, self.marks = [], [], []
-        for i, ax in enumerate(self.axes):
-            for name, values in (("action", film.a[:, i]), ("return", self.returns[:, [i]])):
-                for j, part in product(range(values.shape[1]), (range(self.half), range(self.half, T))):
-                    look = dict(color=self.colour(part.start, i), alpha=0.4 if j else 1.0, linewidth=1.6)
-                    self.lines.append((*ax[name].plot([], [], **look), part, values[:, j]))
-            if film.z is not None:
-                d_z, look = film.z.shape[-1], dict(vmin=film.z.min(), vmax=film.z.max(), interpolation="nearest")
-                extent = 0, T * dt, d_z + 0.5, 0.5
-                self.images.append(ax["z"].imshow(np.zeros((1, 1)), aspect="auto", extent=extent, **look))
-                ax["z"].set_yticks([1, d_z])
-            self.marks += [ax[name].axvline(self.half * dt, color="black", linestyle="--") for name in list(rows)[1:]]
+        for i in range(N):
+            self.fill(i, T)
+
+    def prepare(self, column, seconds):
+        """Labels and limits of a column."""
+        picture, last = column["picture"], column["return"]
+        picture.set_title(" ", fontsize=14, fontweight="bold")
+        picture.set_xlabel("position, m")
+        picture.tick_params(left=False, labelleft=False)
+        column["action"].set_ylim(-1.15, 1.15)
+        low, high = min(0, self.returns.min()), max(self.returns.max(), 1e-9)
+        last.set(xlabel="time, s", ylim=(low, high + 0.2 * (high - low)))
+        for name, panel in column.items():
+            if name != "picture":
+                panel.set_xlim(0, seconds)
+                panel.tick_params(labelbottom=name == "return")
+
+    def fill(self, i, T):
+        """What will move in column i: the body, words, lines, the image of z."""
+        from matplotlib.collections import PolyCollection
+
+        column, film = self.columns[i], self.film
+        picture, half = column["picture"], self.half
+        column["body"] = picture.add_collection(PolyCollection([]))
+        place = dict(x=0.02, y=0.92, s="", va="top")
+        banner = dict(color="white", fontsize=14, fontweight="bold")
+        column["banner"] = picture.text(**place, **banner, transform=picture.transAxes)
+        panel = column["return"]
+        column["number"] = panel.text(**place, fontsize=11, transform=panel.transAxes)
+        curves = [("return", self.returns[:, i], 1.0)]
+        for j, values in enumerate(film.a[:, i].T):
+            curves.append(("action", values, 1.0 if j == 0 else 0.4))
+        for name, values, alpha in curves:
+            for part in (range(half), range(half, T)):
+                look = dict(color=self.colour(part.start, i), alpha=alpha, linewidth=1.6)
+                (line,) = column[name].plot([], [], **look)
+                self.lines.append((line, part, values))
+        names = ["action", "return"]
+        if film.z is not None:
+            names.append("z")
+            d_z = film.z.shape[-1]
+            look = dict(vmin=film.z.min(), vmax=film.z.max(), interpolation="nearest")
+            extent = 0, T * self.dt, d_z + 0.5, 0.5
+            blank = np.zeros((1, 1))
+            image = column["z"].imshow(blank, aspect="auto", extent=extent, **look)
+            column["z"].set_yticks([1, d_z])
+            self.images.append((image, film.z[:, i].T))
+        for name in names:
+            look = dict(color="black", linestyle="--")
+            self.marks.append(column[name].axvline(half * self.dt, **look))
 
     def colour(self, t, i):
-        return COLOURS[self.modes.index(self.film.contexts[t][i][self.dim]) % len(COLOURS)]
+        mode = self.modes.index(self.film.contexts[t][i][self.dim])
+        return COLOURS[mode % len(COLOURS)]
 
     def at(self, t):
         """An array (height, width, 3)."""
         for line, part, values in self.lines:
-            times = np.array(part[: max(0, t + 1 - part.start)], dtype=int)
+            times = np.array([time for time in part if time <= t], dtype=int)
             line.set_data(times * self.dt, values[times])
-        for i, image in enumerate(self.images):
-            z = self.film.z[:, i].T  # (d_z, T)
-            image.set_data(np.ma.masked_array(z, np.broadcast_to(np.arange(z.shape[1]) > t, z.shape)))
+        for image, z in self.images:  # z (d_z, T)
+            later = np.broadcast_to(np.arange(z.shape[1]) > t, z.shape)
+            image.set_data(np.ma.masked_array(z, later))
         for mark in self.marks:
             mark.set_visible(t >= self.half)
-        flash = self.half <= t < 1.25 * self.half
-        for i, ax in enumerate(self.axes):
-            ax, colour, (_, shapes) = ax["picture"], self.colour(t, i), self.film.pictures[t][i]
-            self.bodies[i].set_verts([outline(shape) for shape in shapes])
-            self.bodies[i].set_facecolor([np.array(shape.colour) / 255 for shape in shapes])
-            (left, bottom), (right, top) = self.boxes[t, i]
-            ax.set(xlim=(left, right), ylim=(bottom, top))
-            ax.title.set(text=label(self.film.contexts[t][i]), color=colour)
-            for spine in ax.spines.values():
-                spine.set(color=colour, linewidth=3)
-            self.banners[i].set(text="SWITCH" * flash, bbox=dict(facecolor=colour, edgecolor="none") if flash else None)
-            self.numbers[i].set_text(f"{self.returns[t, i]:.0f}")
+        for i in range(len(self.columns)):
+            self.show(t, i)
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
+
+    def show(self, t, i):
+        """Column i after step t, but for its curves."""
+        column, colour = self.columns[i], self.colour(t, i)
+        _, shapes = self.film.pictures[t][i]
+        column["body"].set_verts([outline(shape) for shape in shapes])
+        column["body"].set_facecolor([np.array(shape.colour) / 255 for shape in shapes])
+        picture = column["picture"]
+        (left, bottom), (right, top) = self.boxes[t, i]
+        picture.set(xlim=(left, right), ylim=(bottom, top))
+        picture.title.set(text=label(self.film.contexts[t][i]) + self.notes[i], color=colour)
+        for spine in picture.spines.values():
+            spine.set(color=colour, linewidth=3)
+        if self.half <= t < 1.25 * self.half:
+            box = dict(facecolor=colour, edgecolor="none")
+            column["banner"].set(text="SWITCH", bbox=box)
+        else:
+            column["banner"].set(text="", bbox=None)
+        column["number"].set_text(f"{self.returns[t, i]:.0f}")
 
 
 def save(screen, T, path):
@@ -174,24 +298,48 @@ def save(screen, T, path):
 
     some = np.concatenate([screen.at(t) for t in (0, T // 2, T - 1)])
     palette = Image.fromarray(some).quantize(128, Image.Quantize.MAXCOVERAGE)
-    images = [Image.fromarray(screen.at(t)).quantize(palette=palette, dither=0) for t in range(0, T, -(-T // FRAMES))]
+    images = []
+    for t in range(0, T, stride(T)):
+        images.append(Image.fromarray(screen.at(t)).quantize(palette=palette, dither=0))
     duration = [1000 // FPS] * (len(images) - 1) + [HOLD]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
+    others = dict(append_images=images[1:], duration=duration, loop=0, optimize=True)
+    images[0].save(path, save_all=True, **others)
 
 
-# ---- Command line -----------------------------------------------------------------------------------------------
+def stride(T):
+    """Steps from frame to frame."""
+    return -(-T // FRAMES)
+
+
+# ---- Command line -------------------------------------------------------------------------------
 
 
 def contexts_from(texts, env_id):
-    """Contexts from words such as length=.5,action_factor=-1; by default the default one and its mirror image."""
+    """Contexts from words such as length=.5,action_factor=-1; default: both modes."""
     dim = mirrored_dim(env_id)
-    first = aib_envs.full_context(env_id, {} if dim.binary else {dim.name: dim.train[0]})
     if texts is None:
+        first = aib_envs.full_context(env_id, {} if dim.binary else {dim.name: dim.train[0]})
         return [first, mirrored(env_id, first)]
     if len(texts) > MOST:
         raise ValueError(f"{len(texts)} contexts; allowed: up to {MOST}")
-    pairs = [[word.partition("=") for word in text.split(",")] for text in texts]
-    return [aib_envs.full_context(env_id, {name: float(value) for name, _, value in of}) for of in pairs]
+    contexts = []
+    for text in texts:
+        pairs = [word.partition("=") for word in text.split(",")]
+        values = {name: float(value) for name, _, value in pairs}
+        contexts.append(aib_envs.full_context(env_id, values))
+    return contexts
+
+
+def gif_path(run, out):
+    if out is not None:
+        path = Path(out)
+    elif Path(run).is_dir():
+        path = Path(run) / "film.gif"
+    else:
+        path = Path(run).parent / "film.gif"
+    if path.suffix != ".gif":
+        raise dmash.BadInput(f"--out {path}: must end in .gif")
+    return path
 
 
 def run_command(args):
@@ -200,9 +348,7 @@ def run_command(args):
     except ImportError as error:
         raise dmash.BadInput(f"a film needs matplotlib ({error})") from None
 
-    path = Path(args.out or (Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent) / "film.gif")
-    if path.suffix != ".gif":
-        raise dmash.BadInput(f"--out {path}: must end in .gif")
+    path = gif_path(args.run, args.out)
     cfg, agent = dmash.load_policy(args.run)
     spec = aib_envs.lookup(cfg.env)
     try:
@@ -213,19 +359,26 @@ def run_command(args):
         task.reset([np.random.default_rng(0)] * len(contexts))
         task.picture(0)
     except ValueError as error:
-        raise dmash.BadInput(f"{args.run}, --contexts {args.contexts}: {dmash.one_line(error)}") from None
+        message = f"{args.run}, --contexts {args.contexts}: {dmash.one_line(error)}"
+        raise dmash.BadInput(message) from None
+    frozen = agent.g is not None
+    if frozen:
+        contexts.append(contexts[0])
     longest = round(spec.horizon * task.dt, 6)
     seconds = min(400 * task.dt, longest) if args.seconds is None else args.seconds
-    steps = round(dmash.number("--seconds", seconds, float, f"[{2 * task.dt}, {longest}]") / task.dt)
-    seed = dmash.number("--seed", args.seed, int, "[0, 4294967295]")
+    steps = round(dmash.number("--seconds", seconds, float, 2 * task.dt, longest) / task.dt)
+    seed = dmash.number("--seed", args.seed, int, 0, 2**32 - 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    film = shoot(agent, contexts, steps, seed)
-    half, speed = steps // 2, -(-steps // FRAMES) * task.dt * FPS
-    title = f"{agent.method.paper} on {cfg.env}, weights fixed: switch at {half * task.dt:.2g} s (speed × {speed:.2g})"
-    save(Screen(film, cfg.env, task.dt, title), steps, path)
-    for i, (before, after) in enumerate(zip(film.contexts[0], film.contexts[-1])):
+
+    film = shoot(agent, contexts, steps, seed, frozen)
+    half, speed = steps // 2, stride(steps) * task.dt * FPS
+    title = f"{agent.method.paper} on {cfg.env}, weights fixed: switch at {half * task.dt:.2g} s"
+    screen = Screen(film, cfg.env, task.dt, f"{title} (speed × {speed:.2g})", frozen)
+    save(screen, steps, path)
+    for i, note in enumerate(screen.notes):
+        before, after = label(film.contexts[0][i]), label(film.contexts[-1][i]) + note
         a, b = film.r[:half, i].sum(), film.r[half:, i].sum()
-        print(f"{label(before)}: return {a:.1f} in {half} steps; then {label(after)}: {b:.1f} in {steps - half}")
+        print(f"{before}: return {a:.1f} in {half} steps; then {after}: {b:.1f} in {steps - half}")
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
@@ -235,9 +388,10 @@ def main(argv=None):
     parser = dmash.Parser("film.py", description=__doc__, **layout)
     parser.add_argument("run", metavar="RUN", help="run folder or policy file")
     parser.add_argument("--out", metavar="FILE.gif", help="default: film.gif beside the policy")
-    parser.add_argument("--contexts", nargs="+", metavar="NAME=VALUE,...", help=f"up to {MOST}; default: both modes")
-    parser.add_argument("--seconds", help="of simulated time (default: 400 steps, or the whole episode)")
-    parser.add_argument("--seed", default=0, help="of the initial state (default: %(default)s)")
+    contexts = f"up to {MOST}; default: both modes"
+    parser.add_argument("--contexts", nargs="+", metavar="NAME=VALUE,...", help=contexts)
+    parser.add_argument("--seconds", help="of simulated time (400 steps, or the whole episode)")
+    parser.add_argument("--seed", default=0, help="of the initial state (%(default)s)")
     return dmash.exit_status("film.py", lambda: run_command(parser.parse_args(argv)))
 
 
