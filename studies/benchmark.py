@@ -1,17 +1,22 @@
-"""Where does the time of a gradient step go, what do the methods cost, and is this checkout faster than another?
+"""Where does the time of a gradient step go? What do methods cost? Is another checkout faster?
 
-    python studies/benchmark.py --env cartpole_inv    each phase of a gradient step, in milliseconds     1 to 2 minutes
-    python studies/benchmark.py --methods             gradient steps/s and parameters of every method    2 to 5 minutes
-    python studies/benchmark.py --against FOLDER      this checkout and the one in FOLDER, taking turns  1 to 3 minutes
+    python studies/benchmark.py --env cartpole_inv    milliseconds by phase         1 to 2 minutes
+    python studies/benchmark.py --methods             speed and size of methods     2 to 5 minutes
+    python studies/benchmark.py --environments        cost of environments          a minute
+    python studies/benchmark.py --against FOLDER      two checkouts, taking turns   1 to 3 minutes
 
-The first times one episode with its warm-up: acting (encoder, hypernetwork and policy in every context), environments,
-batch, dynamics (encoder, hypernetwork, f and their optimizer), critic, actor (with the temperature), targets, rest
-(storing transitions, checking numbers). Then: a step of all contexts against the bare mj_step calls in it, the peak
-memory, and the update against its matrix multiplications at the rate of a large one. Evaluation is left out.
+The first times one episode with its warm-up. Its phases are acting (encoder, hypernetwork and
+policy in every context), environments, batch, dynamics (encoder, hypernetwork, f and their
+optimizer), critic, actor (with the temperature), targets, and the rest (storing transitions).
+It compares a step of all contexts with the bare mj_step calls in it, and the update with its matrix
+multiplications at the rate of a large one. Evaluation is left out.
 
-FOLDER holds the dmash.py and aib_envs.py of another commit (git worktree add FOLDER COMMIT makes one), which runs with
-the settings of this one. Two processes take turns, one asleep while the other works, so that a busy machine slows both
-alike. The ratio is that of the milliseconds of two turns side by side: below 1, this checkout is the faster.
+`--environments` prints a step of 20 contexts against the bare mj_step calls in it.
+
+FOLDER holds the dmash.py and aib_envs.py of another commit, such as git worktree makes. It runs
+with the settings of this one. Two processes take turns, one asleep while the other works, so that a
+busy machine slows both alike. The ratio is that of the milliseconds of two turns side by side. Below 1,
+this checkout is the faster.
 """
 
 import argparse
@@ -33,11 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-PHASES = ("acting", "environments", "batch", "dynamics", "critic", "actor", "targets", "rest")
+PHASES = ["acting", "environments", "batch", "dynamics", "critic", "actor", "targets", "rest"]
 STEPS = 20  # gradient steps in a turn
 TURNS = {"methods": 5, "against": 30}
 # settings without effect here
-UNUSED = ("quick", "steps", "out", "eval_every", "eval_rollouts", "rollouts", "snapshots", "random_steps")
+UNUSED = ["quick", "steps", "out", "eval_every", "eval_rollouts", "rollouts", "snapshots"]
+UNUSED.append("random_steps")
 
 
 def warm_run(cfg):
@@ -63,99 +69,117 @@ def wait_for(device):
         torch.cuda.synchronize(device)
 
 
-# ---- The phases of a gradient step ------------------------------------------------------------------------------
+# ---- The phases of a gradient step --------------------------------------------------------------
 
 
-def phase_seconds(run, steps):
-    """Seconds of gradient steps by phase, and in all. Time is cut into pieces, each counted once: a cut adds what
-    passed since the cut before to the phase that it names. The run keeps making cuts afterwards."""
-    seconds, last = dict.fromkeys(PHASES, 0.0), time.perf_counter()
+class Clock:
+    """Cuts time into pieces, each counted once.
 
-    def cut(phase):
-        nonlocal last
-        wait_for(run.cfg.device)
+    A cut adds what passed since the cut before to the phase that it names.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.last = time.perf_counter()
+
+    def cut(self, phase):
+        wait_for(self.device)
         now = time.perf_counter()
-        seconds[phase] += now - last
-        last = now
+        self.seconds[phase] += now - self.last
+        self.last = now
 
-    def cut_around(owner, name, before, during):
+    def cut_around(self, owner, name, before, during):
+        """From now on, each call of the owner's function makes two cuts."""
         function = getattr(owner, name)
 
         def call(*args):
-            cut(before)
+            self.cut(before)
             result = function(*args)
-            cut(during)
+            self.cut(during)
             return result
 
         setattr(owner, name, call)
 
-    cut_around(run.rollout.envs, "reset", "rest", "environments")
-    cut_around(run.rollout.envs, "step", "acting", "environments")
-    cut_around(run.rollout, "step", "rest", "rest")  # what the environments' cuts leave of it
-    cut_around(run.rollout.replay, "sample", "rest", "batch")
-    cut_around(run.agent, "update", "rest", "targets")  # what the optimizers' cuts leave of it
+
+def phase_seconds(run, steps):
+    """Seconds of gradient steps by phase, and in all. The run keeps making cuts afterwards."""
+    clock, rollout = Clock(run.cfg.device), run.rollout
+    clock.cut_around(rollout.envs, "reset", "rest", "environments")
+    clock.cut_around(rollout.envs, "step", "acting", "environments")
+    clock.cut_around(rollout, "step", "rest", "rest")  # what the environments' cuts leave of it
+    clock.cut_around(rollout.replay, "sample", "rest", "batch")
+    clock.cut_around(run.agent, "update", "rest", "targets")  # what the optimizers' cuts leave
     for name, optimizer in run.agent.optimizers.items():  # whose steps end their phases
         phase = "actor" if name == "temperature" else name
-        cut_around(optimizer, "step", phase, phase)
-    last = time.perf_counter()
+        clock.cut_around(optimizer, "step", phase, phase)
+    clock.last = time.perf_counter()
     total = seconds_of(run, steps)
-    cut("rest")
-    return seconds, total
+    clock.cut("rest")
+    return clock.seconds, total
 
 
 def print_phases(cfg):
     """Times one episode with its warm-up and prints where the time went."""
     run, steps = warm_run(cfg), aib_envs.lookup(cfg.env).horizon
     seconds, total = phase_seconds(run, steps)
-    ms = {phase: value / steps * 1e3 for phase, value in seconds.items()} | {"total": total / steps * 1e3}
+    seconds["total"] = total
+    ms = {phase: value / steps * 1e3 for phase, value in seconds.items()}
     memory = peak_memory()  # before the operations are counted, which takes more
     flop, rate = update_flop(run), matmul_rate(cfg.device)
     update = sum(ms[phase] for phase in ("dynamics", "critic", "actor", "targets"))
     vector, bare = vector_step_times(cfg.env, cfg.contexts)
-    times = f", {vector / bare:.2f} times the bare mj_step calls in it" if bare else ""
-    setting = f"K = {cfg.K}, {cfg.contexts} contexts, batch {cfg.batch}, {cfg.threads} threads on {cfg.device}"
-    print(f"{cfg.env}, {cfg.method}: {setting}, {steps} gradient steps")
+    step = f"{vector:8.3f} ms for {cfg.contexts} contexts"
+    if bare is not None:
+        step += f", {vector / bare:.2f} times the bare mj_step calls in it"
+    multiply = f"the same operations in {flop / rate * 1e3:.2f} ms"
+    settings = f"K = {cfg.K}, {cfg.contexts} contexts, batch {cfg.batch}"
+    machine = f"{cfg.threads} threads on {cfg.device}"
+    print(f"{cfg.env}, {cfg.method}: {settings}, {machine}, {steps} gradient steps")
     print(f"gradient steps/s   {steps / total:8.1f}")
     for phase, value in ms.items():
         print(f"  {phase:<14} {value:9.2f} ms")
-    print(f"vector step        {vector:8.3f} ms for {cfg.contexts} contexts{times}")
+    print(f"vector step        {step}")
     print(f"peak memory        {memory:8.0f} MB")
     print(f"update             {update:8.2f} ms for {flop / 1e9:.2f} GFLOP")
-    print(f"matrix multiply    {rate / 1e9:8.0f} GFLOP/s: the same operations in {flop / rate * 1e3:.2f} ms")
+    print(f"matrix multiply    {rate / 1e9:8.0f} GFLOP/s: {multiply}")
     print(f"ratio              {update / 1e3 * rate / flop:8.1f}")
 
 
 def vector_step_times(env, contexts, steps=300):
-    """Milliseconds of one step of all contexts, and of the mj_step calls alone that it must make (None without
-    MuJoCo). Both from the same starts and with the same actions, taking turns; the medians."""
+    """Milliseconds of a step of all contexts, and of the bare mj_step calls in it (or None).
+
+    Both go from the same starts and with the same actions, taking turns. These are the medians.
+    """
     envs = aib_envs.VectorEnv(env, aib_envs.context_sets(env, contexts)["train"], seed=0)
     envs.reset()
     twin = aib_envs.lookup(env).cls(envs.task.contexts)
     twin.set_state(envs.task.state())
-    has_models, times = isinstance(twin, aib_envs.MujocoTask), ([], [])
+    has_models = isinstance(twin, aib_envs.MujocoTask)
+    vector, bare = [], []
     for actions in np.random.default_rng(0).uniform(-1, 1, (steps, contexts, envs.d_a)):
         begin = time.perf_counter()
         envs.step(actions)
         middle = time.perf_counter()
         if has_models:
-            for (model, data), action in zip(twin.pairs, actions):
+            for model, data, action in zip(twin.models, twin.datas, actions):
                 data.ctrl = action
                 mujoco.mj_step(model, data, twin.SUBSTEPS)
-        times[0].append(middle - begin)
-        times[1].append(time.perf_counter() - middle)
-    vector, bare = (1e3 * float(np.median(series)) for series in times)
-    return vector, bare if has_models else None
+        vector.append(1e3 * (middle - begin))
+        bare.append(1e3 * (time.perf_counter() - middle))
+    return float(np.median(vector)), float(np.median(bare)) if has_models else None
 
 
 def update_flop(run):
-    """Floating-point operations of the matrix multiplications in an update, mean of one without and one with actor."""
-    batch = run.rollout.replay.sample(run.cfg.batch)
+    """Floating-point operations of the matrix products in an update, with the actor every other."""
+    cfg, batch = run.cfg, run.rollout.replay.sample(run.cfg.batch)
     with FlopCounterMode(display=False) as counter:
         for step in (1, 2):
             run.agent.update(batch, step)
-    # missed: the LSTM, if there is one (else L is 0): 3 passes, 2 x 4 gates
-    lstm = 3 * len(batch.s) * run.cfg.L * 2 * 8 * run.cfg.encoder_hidden**2
-    return counter.get_total_flops() / 2 + lstm
+    flop = counter.get_total_flops() / 2
+    if run.agent.g is not None:  # The counter misses the LSTM: 3 passes, 2 x 4 gates.
+        flop += 3 * len(batch.s) * cfg.L * 2 * 8 * cfg.encoder_hidden**2
+    return flop
 
 
 def matmul_rate(device):
@@ -174,99 +198,142 @@ def peak_memory():
         import resource
     except ImportError:  # Windows
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-# ---- Method against method, checkout against checkout -----------------------------------------------------------
+# ---- Method against method, environment against environment --------------------------------------
 
 
 def print_methods(settings):
-    """A row per method: gradient steps/s and trained parameters, both also relative to those of `da`."""
+    """A row per method: gradient steps/s and trained parameters, also relative to those of DA."""
     runs = {name: warm_run(dmash.Config(**settings, method=name)) for name in dmash.METHODS}
-    turns = [[seconds_of(run, STEPS) for run in runs.values()] for _ in range(TURNS["methods"])]
-    rate = dict(zip(runs, STEPS / np.median(turns, 0)))
-    size = {n: sum(p.numel() for p in run.agent.parameters() if p.requires_grad) - 1 for n, run in runs.items()}  # - α
+    turns = []
+    for _ in range(TURNS["methods"]):
+        turns.append([seconds_of(run, STEPS) for run in runs.values()])
+    rate, size = dict(zip(runs, STEPS / np.median(turns, 0))), {}
+    for name, run in runs.items():
+        trained = [p.numel() for p in run.agent.parameters() if p.requires_grad]
+        size[name] = sum(trained) - 1  # without α
     cfg = runs["da"].cfg
-    print(f"{cfg.env}, {cfg.threads} threads on {cfg.device}: median of {len(turns)} turns of {STEPS} gradient steps")
-    row = "{:<16} {:<9} {:>7} {:>6} {:>11} {:>6}".format
-    print(row("--method", "paper", "steps/s", "of da", "parameters", "of da"))
+    median = f"median of {len(turns)} turns of {STEPS} gradient steps"
+    print(f"{cfg.env}, {cfg.threads} threads on {cfg.device}: {median}")
+    row = "{:<16} {:<9} {:>7} {:>6} {:>11} {:>6}"
+    print(row.format("--method", "paper", "steps/s", "of da", "parameters", "of da"))
     for name, method in dmash.METHODS.items():
-        speed, share = rate[name] / rate["da"], size[name] / size["da"]
-        print(row(name, method.paper, f"{rate[name]:.1f}", f"{speed:.2f}", f"{size[name]:,}", f"{share:.2f}"))
+        cells = [name, method.paper, f"{rate[name]:.1f}", f"{rate[name] / rate['da']:.2f}"]
+        cells += [f"{size[name]:,}", f"{size[name] / size['da']:.2f}"]
+        print(row.format(*cells))
 
 
-WORK = "import sys; sys.path.insert(0, sys.argv[1]); import dmash, benchmark; benchmark.work(*sys.argv[1:])"
+def print_environments():
+    """A row per environment: a step of 20 contexts, and the bare mj_step calls in it."""
+    row = "{:<18} {:>14} {:>16} {:>6}"
+    print(row.format("--env", "vector step, ms", "bare mj_step, ms", "ratio"))
+    for env in aib_envs.ENVS:
+        if env.startswith("ode_"):
+            continue
+        vector, bare = vector_step_times(env, 20)
+        cells = ["–", "–"]
+        if bare is not None:
+            cells = [f"{bare:.2f}", f"{vector / bare:.2f}"]
+        print(row.format(env, f"{vector:.2f}", *cells), flush=True)
+
+
+# ---- Checkout against checkout ------------------------------------------------------------------
+
+WORK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import dmash, benchmark
+benchmark.work(*sys.argv[2:])
+"""
 
 
 def print_against(folder, settings):
-    """Milliseconds per gradient step of this checkout and of the one in `folder`, and their ratio."""
-    if missing := [name for name in ("dmash.py", "aib_envs.py") if not (folder / name).is_file()]:
-        raise dmash.BadInput(f"--against {folder}: no {missing[0]} there; allowed: the folder of another checkout")
-    cfg, here, n = dmash.Config(**settings), Path(__file__).resolve().parent, TURNS["against"]
-    folders, ms = (here.parent, folder.resolve()), np.zeros((n, 2))
-    commands = [[sys.executable, "-c", WORK, str(place), json.dumps(asdict(cfg)), *settings] for place in folders]
-    pipes = dict(cwd=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    """Milliseconds per gradient step of this checkout and of the one in `folder`, and the ratio."""
+    for name in ("dmash.py", "aib_envs.py"):
+        if not (folder / name).is_file():
+            allowed = "allowed: the folder of another checkout"
+            raise dmash.BadInput(f"--against {folder}: no {name} there; {allowed}")
+    cfg, here = dmash.Config(**settings), Path(__file__).resolve().parent
+    folders = {"this checkout": here.parent, "the other": folder.resolve()}
+    workers, ms = [], []
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(subprocess.Popen(command, **pipes)) for command in commands]
+        for place in folders.values():
+            command = [sys.executable, "-c", WORK, str(place), json.dumps(asdict(cfg)), *settings]
+            pipes = dict(cwd=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            workers.append(stack.enter_context(subprocess.Popen(command, **pipes)))
         for worker in workers:
-            if (answer := worker.stdout.readline().strip()) != "ready":
+            answer = worker.stdout.readline().strip()
+            if answer != "ready":
                 raise dmash.BadInput(f"--against {folder}: {answer or 'its code does not run'}")
-        for turn in range(n):
-            for i in (0, 1) if turn % 2 else (1, 0):
+        for turn in range(TURNS["against"]):
+            ms.append([math.nan, math.nan])
+            for i in [0, 1] if turn % 2 else [1, 0]:
                 print(STEPS, file=workers[i].stdin, flush=True)
-                ms[turn, i] = float(workers[i].stdout.readline()) / STEPS * 1e3
-    print(f"{cfg.env}, {cfg.method}, {cfg.threads} threads on {cfg.device}: {n} turns of {STEPS} gradient steps")
-    for name, place, median in zip(("this checkout", "the other"), folders, np.median(ms, 0)):
+                ms[turn][i] = float(workers[i].stdout.readline()) / STEPS * 1e3
+    ms = np.array(ms)
+    turns = f"{len(ms)} turns of {STEPS} gradient steps"
+    print(f"{cfg.env}, {cfg.method}, {cfg.threads} threads on {cfg.device}: {turns}")
+    for (name, place), median in zip(folders.items(), np.median(ms, 0)):
         print(f"{name:<14} {median:8.2f} ms per gradient step (median), {place}")
     low, middle, high = np.quantile(ms[:, 0] / ms[:, 1], (0.25, 0.5, 0.75))
     print(f"{'ratio':<14} {middle:8.3f} (median; quartiles {low:.3f} and {high:.3f})")
 
 
-def work(folder, settings, *given):
-    """A process of --against, with the dmash of `folder`: says that it is ready, then answers each number of gradient
-    steps with their seconds. Settings that its dmash does not have are left out, unless they were given."""
-    names = {f.name for f in fields(dmash.Config)} | set(given)
+def work(settings, *given):
+    """A process of --against, with the dmash of another folder.
+
+    It says that it is ready, then answers each number of gradient steps with their seconds.
+    Settings that its dmash does not have are left out, unless they were given.
+    """
+    known = {f.name for f in fields(dmash.Config)} | set(given)
+    settings = {name: value for name, value in json.loads(settings).items() if name in known}
     try:
-        run = warm_run(dmash.Config(**{name: value for name, value in json.loads(settings).items() if name in names}))
+        run = warm_run(dmash.Config(**settings))
     except (dmash.BadInput, TypeError) as error:
-        return print(error)
+        print(error)
+        return
     print("ready", flush=True)
     for line in sys.stdin:
         print(seconds_of(run, int(line)), flush=True)
 
 
-# ---- Command line -----------------------------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+def run_command(argv):
+    options = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = dmash.Parser("benchmark.py", description=__doc__, **options)
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--methods", action="store_true", help="compare all methods")
+    modes.add_argument("--environments", action="store_true", help="compare all environments")
+    modes.add_argument("--against", type=Path, metavar="FOLDER", help="compare with a checkout")
+    for f in fields(dmash.Config):
+        if f.name not in UNUSED:
+            about = dict(default=argparse.SUPPRESS, help=f.metadata["help"])
+            parser.add_argument(dmash.flag(f.name), **about)
+    settings = vars(parser.parse_args(argv))
+    methods, against = settings.pop("methods"), settings.pop("against")
+    if settings.pop("environments"):
+        if settings:
+            raise dmash.BadInput(f"{dmash.flag(min(settings))}: not with --environments")
+        print_environments()
+    elif methods:
+        if "method" in settings:
+            raise dmash.BadInput("--method: not with --methods, which times every one")
+        print_methods(settings)
+    elif against is not None:
+        print_against(against, settings)
+    else:
+        print_phases(dmash.Config(**settings))
 
 
 def main(argv=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser("benchmark.py", description=__doc__, formatter_class=layout, allow_abbrev=False)
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--methods", action="store_true", help="compare all methods")
-    modes.add_argument("--against", type=Path, metavar="FOLDER", help="compare with another checkout")
-    for f in fields(dmash.Config):
-        if f.name not in UNUSED:
-            kind = {"action": "store_true"} if f.type is bool else {}
-            parser.add_argument(dmash.flag(f.name), **kind, default=argparse.SUPPRESS, help=f.metadata["help"])
-    settings = vars(parser.parse_args(argv))
-    methods, against = settings.pop("methods"), settings.pop("against")
-    try:
-        if methods and "method" in settings:
-            raise dmash.BadInput("--method: not with --methods, which times every one")
-        if methods:
-            print_methods(settings)
-        elif against:
-            print_against(against, settings)
-        else:
-            print_phases(dmash.Config(**settings))
-    except dmash.BadInput as error:
-        parser.error(str(error))
+    """The command line. Returns the exit status."""
+    return dmash.exit_status("benchmark.py", lambda: run_command(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
