@@ -1607,7 +1607,7 @@ def test_run_is_reproduced_by_eval(run, capsys):
     assert printed == f"average episodic return: {means}"
 
 
-AGENT = HERE / "results/quick_fresh/cartpole_inv__dma_star_sh__quick__s4/policy.pt"
+AGENT = HERE / "results/agent/policy.pt"
 
 
 def test_the_agent_in_the_repository_balances_normal_and_inverted_motors():

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-TRAINED = ROOT / "results/quick_fresh/cartpole_inv__dma_star_sh__quick__s4"
+TRAINED = ROOT / "results/agent"
 
 
 class Panel(NamedTuple):
