@@ -104,8 +104,9 @@ def contexts(run):
     kinds = sorted({tuple(row[name] for name in signs) for row in run.contexts}, reverse=True)
     columns = []
     for kind, (label, place, trained) in itertools.product(kinds, places):
-        title = ", ".join(WORDS.get(pair, f"{pair[0]} {pair[1]:g}") for pair in zip(signs, kind))
-        columns.append((title, label, points_of(signs, kind, place), trained, 20))
+        words = [WORDS.get(pair, f"{pair[0]} {pair[1]:g}") for pair in zip(signs, kind)]
+        points = points_of(signs, kind, place)
+        columns.append((", ".join(words), label, points, trained, 20))
     return columns
 
 
@@ -121,13 +122,16 @@ def drawn(arms, idle, columns):
     rows = [[label for label in arms if label in LOOKS]]
     rows += [[OURS, label] for label in arms if label not in LOOKS]
     heights = [2.2] + [1] * (len(rows) - 1)
-    figure = Figure(figsize=(3.8 * len(columns), 1.7 * sum(heights) + 0.9), layout="constrained")
+    size = 3.8 * len(columns), 1.7 * sum(heights) + 0.9
+    figure = Figure(figsize=size, layout="constrained")
     shape = {"squeeze": False, "height_ratios": heights}
     axes = figure.subplots(len(rows), len(columns), sharex="col", sharey=True, **shape)
     for row, labels in zip(axes, rows):
         row[0].set_ylabel("return")
         for ax, (title, _, points, trained, parts) in zip(row, columns):
-            ax.set_title(title if labels is rows[0] else labels[-1], fontsize="medium")
+            if labels is not rows[0]:
+                title = labels[-1]
+            ax.set_title(title, fontsize="medium")
             for label in labels:
                 draw(ax, arms.get(label, []), points, parts, style(label))
             draw(ax, idle, points, parts, style("no action"))
