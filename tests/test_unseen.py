@@ -3,17 +3,22 @@
 import csv
 import itertools
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import unseen
-from test_studies import SMALL, make_run
 
-import aib_envs
-import dmash
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
+import unseen  # noqa: E402
+from test_compare import make_run  # noqa: E402
+
+import aib_envs  # noqa: E402
+import dmash  # noqa: E402
 
 PM = "di_signs_without_pm"
-TINY = [*SMALL[2:], *"--K 4 --random-steps 6 --eval-every 2 --rollouts 1 --steps 2".split()]
+TINY = "--contexts 4 --batch 16 --threads 1 --hidden 32 --hyper-hidden 8 --bottleneck 4"
+TINY = [*TINY.split(), *"--K 4 --random-steps 6 --eval-every 2 --rollouts 1 --steps 2".split()]
 
 
 def read(path):
@@ -30,12 +35,18 @@ def test_one_pair_is_left_out_of_training_and_evaluated_apart(env, left_out):
     """The others in equal shares; masses of the train range, none in two sets."""
     for n in (1, 6, 20, 50):
         sets = unseen.context_sets(env, n)
-        assert [len(contexts) for contexts in sets.values()] == [n] * 3 and list(sets) == list(dmash.SETS)
+        assert [len(contexts) for contexts in sets.values()] == [n] * 3 and list(sets) == list(
+            dmash.SETS
+        )
         for name in ("train", "eval_in"):
-            counts = {pair: pairs(sets[name]).count(pair) for pair in itertools.product((1, -1), repeat=2)}
+            counts = {
+                pair: pairs(sets[name]).count(pair) for pair in itertools.product((1, -1), repeat=2)
+            }
             assert counts.pop(left_out) == 0 and max(counts.values()) - min(counts.values()) <= 1
         assert set(pairs(sets["eval_out"])) == {left_out}
-        masses = {name: {context["mass"] for context in contexts} for name, contexts in sets.items()}
+        masses = {
+            name: {context["mass"] for context in contexts} for name, contexts in sets.items()
+        }
         assert all(0.5 <= mass <= 1.5 for mass in set.union(*masses.values()))
         assert not masses["train"] & masses["eval_out"] and len(masses["eval_out"]) == n
     assert unseen.context_sets("di_inv") == aib_envs.context_sets("di_inv")
@@ -56,7 +67,9 @@ def test_a_run_without_a_pair_trains_goes_on_and_is_evaluated(tmp_path, capsys):
     assert unseen.main(["--eval", str(folder), "--per-context", "--threads", "1"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     told = list(csv.DictReader(lines[:-1]))
-    assert head.startswith(f"{PM}, concat") and [row["set"] for row in told[-4:]] == ["eval_out"] * 4
+    assert (
+        head.startswith(f"{PM}, concat") and [row["set"] for row in told[-4:]] == ["eval_out"] * 4
+    )
     assert pairs(told) == pairs(rows[:12])
     assert aib_envs.ENVS == before and aib_envs.context_sets is plain
     assert dmash.main(["--resume", str(folder)]) == 2 and PM in capsys.readouterr().err
@@ -66,8 +79,12 @@ def test_plan_has_each_run_once_and_no_other(capsys):
     assert unseen.main("plan --seeds 11-13 --quick --threads 1".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(set(lines)) == len(lines) == 4 * 5 * 3
-    assert lines[0].startswith("python studies/unseen.py --env di_signs_without_pp --method dma_star_sh --seed 11 ")
-    assert all("--seed 11 " in line for line in lines[:20]) and lines[-1].endswith("--quick --threads 1 --go-on")
+    assert lines[0].startswith(
+        "python studies/unseen.py --env di_signs_without_pp --method dma_star_sh --seed 11 "
+    )
+    assert all("--seed 11 " in line for line in lines[:20]) and lines[-1].endswith(
+        "--quick --threads 1 --go-on"
+    )
 
 
 def test_report_by_hand(tmp_path, monkeypatch, capsys):
@@ -84,10 +101,14 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert text.startswith("4 runs; 2 more") and "no figure is drawn" in text
     # (2 · 50 + 30) / 3 and (2 · 70 + 30) / 3: in a quarter of the samples each
-    assert "| `concat` | 3 | 2 | 50.0 [43.3, 56.7] | 50.0 [43.3, 56.7] | 46.0 [39.3, 52.7] |" in text
+    assert (
+        "| `concat` | 3 | 2 | 50.0 [43.3, 56.7] | 50.0 [43.3, 56.7] | 46.0 [39.3, 52.7] |" in text
+    )
     assert "| `dr` | 1 | 1 | 20.0 | 20.0 | 16.0 |" in text
     rows = read(tmp_path / "unseen.csv")
-    assert [(row["env"], row["seed"], row["eval_out"]) for row in rows if row["method"] == "concat"] == [
+    assert [
+        (row["env"], row["seed"], row["eval_out"]) for row in rows if row["method"] == "concat"
+    ] == [
         ("di_signs_without_mm", "1", "26"),
         (PM, "1", "46"),
         (PM, "2", "66"),
@@ -116,16 +137,25 @@ def test_sweeps_vary_one_dimension_far_beyond_its_ranges(env_id):
                 counted = [unseen.where(dim, value) for value in values]
                 assert set(counted) == {"train range", "extrapolation range", "beyond"}
                 assert min(values) < dim.extrapolation[0] and max(values) > dim.extrapolation[1]
-            others = [{name: value for name, value in c.items() if name != dim.name} for c in contexts]
+            others = [
+                {name: value for name, value in c.items() if name != dim.name} for c in contexts
+            ]
             assert all(other == others[0] for other in others) and values == sorted(values)
-            assert all(other.get(d.name, d.default) == d.default for other in others for d in dims if not d.binary)
+            assert all(
+                other.get(d.name, d.default) == d.default
+                for other in others
+                for d in dims
+                if not d.binary
+            )
     assert len(panels) == len({title for title, _ in panels})
 
 
 @pytest.mark.parametrize("drawn", [True, False])
 def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
     """Two runs of one method and one of another, whose return would be their seed times mass and sign."""
-    pytest.importorskip("matplotlib") if drawn else monkeypatch.setitem(sys.modules, "compare_figures", None)
+    pytest.importorskip("matplotlib") if drawn else monkeypatch.setitem(
+        sys.modules, "compare_figures", None
+    )
     asked = []
 
     def loaded(path):
@@ -134,7 +164,9 @@ def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
 
     def evaluate(agent, cfg, contexts, rollouts):
         asked.append(rollouts)
-        returns = np.array([cfg.seed * (c["mass"] + 1000 * (c["action_factor"] == -1)) for c in contexts])
+        returns = np.array(
+            [cfg.seed * (c["mass"] + 1000 * (c["action_factor"] == -1)) for c in contexts]
+        )
         return returns[:, None] + [-1, 1], returns[:, None] < [0, 1]  # (contexts, 2)
 
     monkeypatch.setattr(dmash, "load_policy", loaded)
@@ -143,7 +175,9 @@ def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert asked == [unseen.ROLLOUTS] * 3 and "di_inv, dr, seed 3, step 7 of 100,000" in text
     rows = read(tmp_path / "out" / "beyond_di_inv.csv")
-    masses = [float(row["mass"]) for row in rows if row["varied"] == "mass" and row["method"] == "da"]
+    masses = [
+        float(row["mass"]) for row in rows if row["varied"] == "mass" and row["method"] == "da"
+    ]
     masses = np.array(masses[: len(masses) // 2])
     inside = masses[(0.5 <= masses) & (masses <= 1.5)].mean()
     near = masses[((0.1 <= masses) & (masses < 0.5)) | ((1.5 < masses) & (masses <= 2))].mean()
@@ -156,16 +190,23 @@ def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
             assert f"| `{method}` | {seeds} | {cells} |" in table
     strengths = text.split("di_inv: action_factor\n")[1]
     assert (
-        strengths.split()[:15:2] == ["|"] * 8 and strengths.split()[5:18:2] == "±0 ±0.1 ±0.25 ±0.5 ±1 ±1.5 ±2".split()
+        strengths.split()[:15:2] == ["|"] * 8
+        and strengths.split()[5:18:2] == "±0 ±0.1 ±0.25 ±0.5 ±1 ±1.5 ±2".split()
     )
     assert "| `da` | 1 | 1.0 | 1.0 | 1.0 | 1.0 | 501.0 | 1.0 | 1.0 |" in strengths
     assert all(float(row["diverged"]) == (float(row["return"]) < 1) for row in rows)
-    assert (tmp_path / "out" / "beyond_di_inv.png").exists() == drawn == ("no figure is drawn" not in text)
+    assert (
+        (tmp_path / "out" / "beyond_di_inv.png").exists()
+        == drawn
+        == ("no figure is drawn" not in text)
+    )
 
 
 def test_policies_of_other_settings_are_told_apart_and_none_counts_twice():
     def labels(*settings):
-        loaded = [(dmash.Config(env="di_inv", **of), type("Agent", (), {"step": 7})) for of in settings]
+        loaded = [
+            (dmash.Config(env="di_inv", **of), type("Agent", (), {"step": 7})) for of in settings
+        ]
         return unseen.labels_of(loaded, range(len(loaded)))
 
     star, wide = dict(method="dma_star", seed=1), dict(method="dma_star", seed=2, K=12, mask=0.4)
@@ -183,7 +224,10 @@ def test_runs_of_other_settings_are_told_apart(tmp_path, capsys):
             make_run(tmp_path / "runs", env, "concat", 1, 60, polyak=0.005)
     assert unseen.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "| `concat, polyak 0.005` | 2 | 2 | 60.0 |" in said and "| `dr, polyak 0.05` | 2 | 2 | 50.0 |" in said
+    assert (
+        "| `concat, polyak 0.005` | 2 | 2 | 60.0 |" in said
+        and "| `dr, polyak 0.05` | 2 | 2 | 50.0 |" in said
+    )
 
 
 def test_figures_show_every_run_and_shade_the_ranges(tmp_path):
@@ -197,13 +241,18 @@ def test_figures_show_every_run_and_shade_the_ranges(tmp_path):
         for method, level in (("dr", 1), ("dr", 3), ("da", 5))
         for panel, context in unseen.sweeps(spec.context)
     ]
-    figure = unseen.draw_beyond(compare_figures, "di_inv", {dim.name: dim for dim in spec.context}, rows)
+    figure = unseen.draw_beyond(
+        compare_figures, "di_inv", {dim.name: dim for dim in spec.context}, rows
+    )
     normal, inverted, strength = figure.axes
     for ax in (normal, inverted):
-        assert {line.get_label(): line.get_ydata()[0] / line.get_xdata()[0] for line in ax.lines} == pytest.approx(
-            {"dr": 2, "da": 5}
-        )
-        ends = [patch.get_extents().transformed(ax.transData.inverted()).intervalx for patch in ax.patches]
+        assert {
+            line.get_label(): line.get_ydata()[0] / line.get_xdata()[0] for line in ax.lines
+        } == pytest.approx({"dr": 2, "da": 5})
+        ends = [
+            patch.get_extents().transformed(ax.transData.inverted()).intervalx
+            for patch in ax.patches
+        ]
         assert [tuple(end) for end in ends] == [pytest.approx((0.1, 2)), pytest.approx((0.5, 1.5))]
     marks = [line.get_xdata()[0] for line in strength.lines if len(line.get_xdata()) == 2]
     assert marks == [-1, 1] and not strength.patches
@@ -221,7 +270,9 @@ def test_the_report_of_compare_shows_each_pair_of_signs_by_itself(tmp_path):
     make_run(tmp_path, "di_signs", "dr", 1, 50)
     axes = compare_figures.contexts("title", aer.read_runs([tmp_path])).axes
     titles = [f"x {x}, y {y}" for x in ("normal", "inverted") for y in ("normal", "inverted")]
-    assert [(ax.get_xlabel(), ax.get_title()) for ax in axes] == [("mass", title) for title in titles]
+    assert [(ax.get_xlabel(), ax.get_title()) for ax in axes] == [
+        ("mass", title) for title in titles
+    ]
 
 
 @pytest.mark.parametrize(
@@ -245,5 +296,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     make_run("runs", "di_inv", "dr", 1, 60)
     assert unseen.main(arguments.format(runs="runs").split()) == 2
     said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("unseen.py: error: ")
+    assert (
+        said.out == "" and said.err.count("\n") == 1 and said.err.startswith("unseen.py: error: ")
+    )
     assert message in said.err and not (tmp_path / "x").exists()
