@@ -1,0 +1,162 @@
+"""Can you fool it? A page in which a trained agent acts and the reader flips its motor.
+
+    python studies/play.py RUN [--against RUN] [--out play.html]
+
+RUN is a run folder or a policy file of cartpole_inv, di_inv or di_perm, trained by dma_star_sh.
+`--against` adds a second agent, which gets the same flips and pushes. It is one of `dr`, which
+is told nothing, or of `concat`, which is told the true context. The page is one file of 3 MB.
+It opens by a double click and needs no network.
+
+The weights are written as float16, which halves the file. The program prints what that costs:
+the largest change of an action in 100 steps of each training context. It takes 10 seconds.
+"""
+
+import argparse
+import base64
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import aib_envs  # noqa: E402
+import dmash  # noqa: E402
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+ENVIRONMENTS = ("cartpole_inv", "di_inv", "di_perm")
+SHOWN = ("dma_star_sh",)
+AGAINST = ("dr", "concat")
+STEPS = 100
+
+# ---- An agent as the page reads it --------------------------------------------------------------
+
+
+def acting_weights(agent):
+    """The tensors that acting needs, by name. An averaged policy takes the place of the policy."""
+    policy = "pi" if agent.pi_average is None else "pi_average"
+    tensors = {}
+    for name, tensor in agent.state_dict().items():
+        network, rest = name.split(".", 1) if "." in name else (name, "")
+        if network == policy:
+            tensors[f"pi.{rest}"] = tensor
+        elif network in ("g", "h"):
+            tensors[name] = tensor
+    return tensors
+
+
+def as_text(tensor):
+    """The tensor as float16, in base64."""
+    array = tensor.numpy().astype("<f2")
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def describe(agent):
+    method = agent.method
+    weights = {name: as_text(tensor) for name, tensor in acting_weights(agent).items()}
+    return {"method": method.paper, "context": method.context, "weights": weights}
+
+
+# ---- What the agent does in its training contexts -----------------------------------------------
+
+
+def rounded(agent):
+    """A copy of the agent, with its weights rounded to float16."""
+    other = copy.deepcopy(agent)
+    for parameter in other.parameters():
+        parameter.data = parameter.data.half().float()
+    return other
+
+
+def watch(agent):
+    """Acts in the training contexts. Returns the mean code z of each wiring of the motors, usual
+    and other, and the largest change of an action by float16."""
+    cfg = agent.cfg
+    contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
+    envs = aib_envs.VectorEnv(cfg.env, contexts, seed=0)
+    rollout = dmash.Rollout(agent, envs, noisy=False)
+    rollout.begin_episode()
+    coarse = rounded(agent)
+    codes = []
+    changes = []
+    for _ in range(min(STEPS, envs.horizon)):
+        tau = rollout.replay.latest(noisy=False)
+        with torch.no_grad():
+            z, _ = agent.infer(tau, noisy=False)
+            _, omega = coarse.infer(tau, noisy=False)
+        s, a, _, _ = rollout.step()
+        change = coarse.act(s, omega, noisy=False) - a
+        codes.append(z)
+        changes.append(change.abs().max())
+    mean = torch.stack(codes).mean(0)  # of each context, (N, d_z)
+    wiring = next(dim for dim in aib_envs.lookup(cfg.env).context if dim.binary)
+    usual = torch.from_numpy(envs.task.c[wiring.name] == wiring.default)
+    means = [mean[usual].mean(0).tolist(), mean[~usual].mean(0).tolist()]
+    return means, torch.stack(changes).max().item()
+
+
+# ---- The page -----------------------------------------------------------------------------------
+
+
+def page(agent, other=None):
+    """The text of the page, and the cost of float16 in action."""
+    cfg = agent.cfg
+    codes, cost = watch(agent)
+    dims = []
+    for dim in aib_envs.lookup(cfg.env).context:
+        dims.append({"name": dim.name, "usual": dim.default, "train": dim.train})
+        if not dim.binary:
+            dims[-1]["all"] = dim.extrapolation
+    data = {"env": cfg.env, "K": cfg.K, "L": cfg.L, "dims": dims, "codes": codes, "cost": cost}
+    data["agents"] = [describe(agent)]
+    if other is not None:
+        data["agents"].append(describe(other))
+    text = json.dumps(data).replace("</", "<\\/")
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text), cost
+
+
+def load(run, methods):
+    """The agent of a run. BadInput says why the page cannot show it."""
+    cfg, agent = dmash.load_policy(run)
+    if cfg.env not in ENVIRONMENTS:
+        allowed = ", ".join(ENVIRONMENTS)
+        raise dmash.BadInput(f"{run} is of {cfg.env}; the page can show {allowed}")
+    if cfg.method not in methods:
+        allowed = ", ".join(methods)
+        raise dmash.BadInput(f"{run} is of {cfg.method}; the page can show {allowed} here")
+    return agent
+
+
+def run_command(args):
+    agent = load(args.run, SHOWN)
+    other = None
+    if args.against is not None:
+        other = load(args.against, AGAINST)
+        if other.cfg.env != agent.cfg.env:
+            message = f"{args.against} is of {other.cfg.env}, {args.run} of {agent.cfg.env}"
+            raise dmash.BadInput(message)
+    out = Path(args.out)
+    text, cost = page(agent, other)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    print(f"float16 changes an action by at most {cost:.1e}")
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+
+
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    parser = dmash.Parser(
+        "play.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder or policy file")
+    parser.add_argument("--against", metavar="RUN", help="a second agent, of dr or concat")
+    parser.add_argument("--out", default="play.html", help="the page (default: %(default)s)")
+    return dmash.exit_status("play.py", lambda: run_command(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

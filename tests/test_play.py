@@ -1,0 +1,264 @@
+"""Tests of play.py: the page's JavaScript against PyTorch and MuJoCo, and the page in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
+
+import aib_envs  # noqa: E402
+import dmash  # noqa: E402
+import play  # noqa: E402
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
+browser = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_browser = pytest.mark.skipif(browser is None, reason="needs Chromium")
+
+SMALL = dict(contexts=4, batch=16, threads=1, policy_average=0.01)
+PREPARE = """
+const input = JSON.parse(require("fs").readFileSync(0, "utf8"));
+const data = input.data;
+for (const agent of data.agents) {
+  const lists = Object.entries(agent.weights);
+  agent.weights = Object.fromEntries(lists.map(([name, list]) => [name, Float32Array.from(list)]));
+}
+"""
+
+
+def new_agent(method="dma_star_sh", env="cartpole_inv", **settings):
+    """An agent that was never trained. Its codes differ more from window to window than by chance
+    alone: the encoder's last layer is scaled up."""
+    torch.manual_seed(0)
+    agent = dmash.new_agent(dmash.Config(env=env, method=method, **SMALL | settings))
+    agent.step = 0
+    if agent.g is not None:
+        agent.g.project.weight.data *= 5
+    return agent
+
+
+def script(template=play.TEMPLATE):
+    """The page's own JavaScript, all but what needs a browser."""
+    return re.search(r'<script id="model">(.*?)</script>', template.read_text(), re.DOTALL)[1]
+
+
+def in_node(program, agents=(), env="cartpole_inv", **values):
+    """What `program` returns, run after the page's own script. Weights go there as float32."""
+    data = {"env": env, "K": 8, "L": 3, "codes": [[0] * 8, [1] * 8], "agents": []}
+    for agent in agents:
+        data |= {"K": agent.cfg.K, "L": agent.cfg.L}
+        weights = play.acting_weights(agent)
+        lists = {name: tensor.flatten().tolist() for name, tensor in weights.items()}
+        data["agents"].append(play.describe(agent) | {"weights": lists})
+    whole = f"{script()}{PREPARE}const found = (() => {{{program}}})();"
+    whole += "console.log(JSON.stringify(found));"
+    text = json.dumps({"data": data} | values)
+    done = subprocess.run(["node", "-e", whole], input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# ---- Physics against MuJoCo and the environments ------------------------------------------------
+
+ADVANCE = """
+return input.states.map((start, i) => {
+  let state = start;
+  const c = input.contexts[i];
+  return input.actions.map((action) => {
+    const motors = motorsOf(action, c);
+    state = TASKS[data.env].advance(state, motors, [0, 0], c);
+    const s = Array.from(TASKS[data.env].observation(state));
+    return { state, s, r: TASKS[data.env].reward(state, motors) };
+  });
+});
+"""
+
+
+def both_ways(env, contexts, states, actions):
+    """States, observations and rewards by the page's script and by the environment, (N, T, ...)."""
+    task = aib_envs.lookup(env).cls(contexts)
+    task.set_state(states)
+    rows = []
+    for action in actions:
+        task.step(np.tile(action, (len(contexts), 1)))
+        rows.append((task.state(), task.observation(), task.reward()))
+    theirs = [np.stack(values, 1) for values in zip(*rows)]
+    values = dict(contexts=contexts, states=states.tolist(), actions=actions.tolist())
+    found = in_node(ADVANCE, env=env, **values)
+    ours = [np.array([[row[key] for row in rows] for rows in found]) for key in ("state", "s", "r")]
+    return ours, theirs
+
+
+@needs_node
+def test_cartpole_moves_as_in_mujoco():
+    rng = np.random.default_rng(0)
+    contexts = []
+    for length in np.linspace(0.1, 2, 12):
+        for sign in (1.0, -1.0):
+            contexts.append({"length": float(length), "action_factor": sign})
+    states = rng.uniform(-1, 1, (24, 4)) * [0.3, np.pi, 0.5, 3]
+    actions = rng.uniform(-1.2, 1.2, (100, 1))
+    ours, theirs = both_ways("cartpole_inv", contexts, states, actions)
+    assert np.abs(theirs[0][..., 0]).max() < 1.8  # within the rail
+    assert np.abs(theirs[0][:, -1] - states).max() > 1  # and far from the start
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=0, atol=2e-6)  # float32
+    np.testing.assert_allclose(ours[2], theirs[2], rtol=0, atol=1e-6)
+
+
+@needs_node
+def test_cart_stops_near_the_end_of_the_rail_as_in_mujoco():
+    contexts = [{"length": 0.5, "action_factor": 1.0}]
+    states = np.array([[1.5, 0.0, 1.0, 0.0]])
+    ours, theirs = both_ways("cartpole_inv", contexts, states, np.full((300, 1), 1.0))
+    reach = [trajectory[0, :, 0].max() for trajectory in (ours[0], theirs[0])]
+    assert 1.8 < reach[0] < 2.1 and abs(reach[0] - reach[1]) < 0.1
+
+
+@needs_node
+@pytest.mark.parametrize("env", ["di_inv", "di_perm"])
+def test_double_integrator_moves_by_its_own_rule(env):
+    rng = np.random.default_rng(1)
+    contexts = aib_envs.context_sets(env, 12)["eval_out"]
+    states = rng.uniform(-1, 1, (12, 4)) * [0.2, 0.2, 0.3, 0.3]
+    actions = rng.uniform(-1.2, 1.2, (60, 2))
+    ours, theirs = both_ways(env, contexts, states, actions)
+    assert theirs[2].min() < theirs[2].max() and np.abs(theirs[0]).max() == 1  # rewards, and walls
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(ours[2], theirs[2])
+
+
+# ---- Networks and acting against PyTorch --------------------------------------------------------
+
+NETWORKS = """
+const agent = new Agent(data.agents[0]);
+return input.windows.map((rows, i) => {
+  const window = new Window(data.K, data.L, rows[0].length);
+  rows.forEach((row) => window.add(Float32Array.from(row)));
+  const { z, omega } = agent.infer(window);
+  const s = Float32Array.from(input.states[i]);
+  const a = agent.act(s, omega, input.contexts[i], input.d_a);
+  const tensors = omega && Object.values(omega).map((tensor) => Array.from(tensor));
+  return { z: z && Array.from(z), omega: tensors, a: Array.from(a) };
+});
+"""
+
+
+@needs_node
+@pytest.mark.parametrize("env", play.ENVIRONMENTS)
+@pytest.mark.parametrize("policy_average", [0.0, 0.01])
+def test_networks_compute_what_pytorch_computes(env, policy_average):
+    agent = new_agent(env=env, policy_average=policy_average)
+    cfg = agent.cfg
+    if policy_average:
+        agent.pi_average.head.bias.data += 0.1  # it acts, and differs from the policy
+    spec = aib_envs.lookup(env)
+    d_s, d_a = spec.cls.d_s, spec.cls.d_a
+    rows = torch.randn(5, cfg.K + 3, 2 * d_s + d_a)
+    replay = dmash.Replay(torch.zeros(5, 2), cfg.K, d_s, d_a, cfg.K, cfg.L)
+    for row in rows.unbind(1):
+        s, a, ds = row.split([d_s, d_a, d_s], -1)
+        replay.add(s, a, torch.zeros(5), s + ds)
+    states = torch.randn(5, d_s)
+    with torch.no_grad():
+        z, omega = agent.infer(replay.latest(noisy=False), noisy=False)
+        a = agent.act(states, omega, noisy=False)
+    assert z.std(0).max() > 0.01 and a.std(0).max() > 0.01
+    values = dict(windows=rows.tolist(), states=states.tolist(), contexts=[{}] * 5, d_a=d_a)
+    found = in_node(NETWORKS, [agent], env, **values)
+    for i, row in enumerate(found):
+        np.testing.assert_allclose(row["z"], z[i], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(row["a"], a[i], rtol=0, atol=1e-5)
+        for ours, theirs in zip(row["omega"], omega, strict=True):
+            np.testing.assert_allclose(ours, theirs[i].flatten(), rtol=0, atol=1e-5)
+
+
+@needs_node
+@pytest.mark.parametrize("method", play.AGAINST)
+def test_the_other_agents_act_as_in_pytorch(method):
+    agent = new_agent(method)
+    states = torch.randn(5, 5)
+    contexts = aib_envs.context_sets("cartpole_inv", 5)["train"]
+    c = torch.tensor([list(context.values()) for context in contexts])
+    told = c if method == "concat" else None
+    a = agent.act(states, told, noisy=False)
+    assert a.std() > 0.01
+    windows = torch.zeros(5, 1, 11).tolist()
+    values = dict(windows=windows, states=states.tolist(), contexts=contexts, d_a=1)
+    found = in_node(NETWORKS, [agent], **values)
+    np.testing.assert_allclose([row["a"] for row in found], a, rtol=0, atol=1e-5)
+
+
+@needs_node
+@pytest.mark.parametrize("written", [0, 1, 5, 8, 11])
+def test_the_window_reads_what_the_replay_reads(written):
+    rows = torch.randn(written, 11)
+    replay = dmash.Replay(torch.zeros(1, 2), 8, 5, 1, 8, 3)
+    for row in rows:
+        s, a, ds = row[None].split([5, 1, 5], -1)
+        replay.add(s, a, torch.zeros(1), s + ds)
+    program = """
+    const window = new Window(8, 3, 11);
+    input.rows.forEach((row) => window.add(Float32Array.from(row)));
+    return window.read().map((row) => Array.from(row));
+    """
+    found = in_node(program, rows=rows.tolist())
+    np.testing.assert_allclose(found, replay.latest(noisy=False)[0], rtol=0, atol=1e-6)
+
+
+def same_start(agent, state, context):
+    """A rollout of PyTorch whose episodes all start in `state`."""
+    envs = aib_envs.VectorEnv(agent.cfg.env, [context], seed=0)
+    envs.task.initial_state = lambda i, rng: np.array(state)
+    return dmash.Rollout(agent, envs, noisy=False)
+
+
+@needs_node
+def test_warm_up_and_flip_as_in_an_evaluation():
+    agent = new_agent()
+    context = {"length": 0.7, "action_factor": 1.0}
+    state = [0.05, 0.02, 0.0, -0.01]
+    rollout = same_start(agent, state, context)
+    rollout.begin_episode()
+    actions = []
+    for t in range(60):
+        if t == 30:
+            envs = rollout.envs
+            snapshot = envs.task.snapshot()
+            envs.task = envs.task.with_contexts([context | {"action_factor": -1.0}])
+            envs.task.restore(snapshot)
+        actions.append(rollout.step()[1].item())
+    program = """
+    const world = new World(data, new Agent(data.agents[0]), input.context, generator(0));
+    world.task = { ...world.task, initialState: () => input.state };
+    world.start(input.state);
+    world.warmUp();
+    const actions = [];
+    for (let t = 0; t < 60; t++) {
+      if (t === 30) {
+        world.setContext(mirrored(world.c));
+      }
+      world.step();
+      actions.push(world.action[0]);
+    }
+    return { actions, state: world.state };
+    """
+    found = in_node(program, [agent], context=context, state=state)
+    np.testing.assert_allclose(found["actions"], actions, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found["state"], rollout.envs.task.state()[0], rtol=0, atol=1e-4)
+
+
+@needs_node
+def test_float16_is_decoded_as_numpy_does():
+    values = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    values = values[np.isfinite(values)]
+    text = play.as_text(torch.from_numpy(values.astype(np.float32)))
+    found = in_node("return Array.from(decodeWeights({ x: input.text }).x);", text=text)
+    np.testing.assert_array_equal(found, values.astype(np.float64))
