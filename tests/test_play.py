@@ -1,5 +1,7 @@
 """Tests of play.py: the page's JavaScript against PyTorch and MuJoCo, and the page in a browser."""
 
+import dataclasses
+import html
 import json
 import re
 import shutil
@@ -14,9 +16,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
 
+import play  # noqa: E402
+
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
-import play  # noqa: E402
 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
 browser = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -262,3 +265,205 @@ def test_float16_is_decoded_as_numpy_does():
     text = play.as_text(torch.from_numpy(values.astype(np.float32)))
     found = in_node("return Array.from(decodeWeights({ x: input.text }).x);", text=text)
     np.testing.assert_array_equal(found, values.astype(np.float64))
+
+
+# ---- The program --------------------------------------------------------------------------------
+
+
+def save(folder, method="dma_star_sh", env="cartpole_inv"):
+    """The path of a policy file of an agent that was never trained."""
+    agent = new_agent(method, env)
+    acting = ("g.", "h.", "pi.", "pi_average.")
+    tensors = agent.state_dict().items()
+    state = {"settings": dataclasses.asdict(agent.cfg), "version": "none", "step": 0}
+    state["agent"] = {name: tensor for name, tensor in tensors if name.startswith(acting)}
+    path = folder / f"{method}_{env}.pt"
+    torch.save(state, path)
+    return path
+
+
+def data_of(text):
+    """What a page holds of its agents and its environment."""
+    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    return json.loads(block[1])
+
+
+def test_the_page_holds_the_agents_and_the_environment(tmp_path, capsys):
+    run = save(tmp_path, env="di_perm")
+    rival = save(tmp_path, "concat", "di_perm")
+    out = tmp_path / "new" / "page.html"
+    assert play.main([str(run), "--against", str(rival), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    text = out.read_text(encoding="utf-8")
+    assert "{{" not in text and len(text) < 4e6 and f"{len(text.encode()) / 1e6:.2f} MB" in said
+    data = data_of(text)
+    assert [agent["method"] for agent in data["agents"]] == ["DMA*-SH", "Concat"]
+    assert [agent["context"] for agent in data["agents"]] == ["inferred", "true"]
+    mass, swap = data["dims"]
+    assert mass == {"name": "mass", "usual": 1.0, "train": [0.5, 1.5], "all": [0.1, 2.0]}
+    assert swap == {"name": "swap", "usual": 0.0, "train": [0.0, 1.0]}
+
+
+def test_codes_and_the_cost_of_float16_as_found_one_context_at_a_time():
+    agent = new_agent(env="di_inv")
+    codes, cost = play.watch(agent)
+    cfg = agent.cfg
+    rough = new_agent(env="di_inv")
+    for parameter in rough.parameters():
+        half = parameter.detach().numpy().astype(np.float16)
+        parameter.data = torch.from_numpy(half.astype(np.float32))
+    means = {1.0: [], -1.0: []}
+    changes = []
+    envs = aib_envs.VectorEnv("di_inv", aib_envs.context_sets("di_inv", 4)["train"], seed=0)
+    for i, context in enumerate(envs.task.contexts):
+        rng = envs.rngs[i]
+        task = aib_envs.lookup("di_inv").cls([context])
+        window = [torch.zeros(10)] * cfg.K
+        found = []
+        for t in range(cfg.K + play.STEPS):
+            if t in (0, cfg.K):
+                task.reset([rng])
+            s = torch.from_numpy(task.observation()).float()
+            positions = [i * (cfg.K - 1) // (cfg.L - 1) for i in range(cfg.L)]
+            tau = torch.stack([window[position] for position in positions])[None]
+            actions = []
+            for each in (agent, rough):
+                z, omega = each.infer(tau, noisy=False)
+                actions.append(each.act(s, omega, noisy=False))
+                found.append(z.detach()[0])
+            task.step(actions[0].numpy())
+            s2 = torch.from_numpy(task.observation()).float()
+            window = window[1:] + [torch.cat([s, actions[0], s2 - s], -1)[0]]
+            if t >= cfg.K:
+                changes.append((actions[1] - actions[0]).abs().max().item())
+        means[context["action_factor"]].append(torch.stack(found[2 * cfg.K :: 2]).mean(0))
+    for code, of_wiring in zip(codes, (means[1.0], means[-1.0]), strict=True):
+        np.testing.assert_allclose(code, torch.stack(of_wiring).mean(0), rtol=0, atol=1e-5)
+    assert 0 < cost == pytest.approx(max(changes), abs=1e-6)
+
+
+def test_what_the_page_cannot_show_is_refused_in_one_line(tmp_path, capsys):
+    good = save(tmp_path)
+    cases = {
+        (save(tmp_path, env="ode"),): "is of ode; the page can show cartpole_inv, di_inv, di_perm",
+        (save(tmp_path, "dr"),): "is of dr; the page can show dma_star_sh",
+        (good, "--against", good): "is of dma_star_sh; the page can show dr, concat",
+        (good, "--against", save(tmp_path, "dr", "di_inv")): "is of di_inv",
+        (tmp_path / "nothing",): "nothing",
+    }
+    for arguments, reason in cases.items():
+        out = tmp_path / "page.html"
+        assert play.main([*map(str, arguments), "--out", str(out)]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and reason in said.err
+        assert not out.exists()
+
+
+# ---- The page in a browser ----------------------------------------------------------------------
+
+PAGE = ROOT / "results" / "play.html"
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+--disable-background-networking --disable-component-update --hide-scrollbars
+--enable-logging=stderr""".split()
+
+
+def browse(tmp_path, address, *options):
+    """What the browser writes, after it has shown a page without an error in the console."""
+    command = [browser, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *options, address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def report_of(tmp_path, page):
+    """What the page wrote down after it had driven its own controls."""
+    text = browse(tmp_path, f"{page.as_uri()}#test", "--dump-dom")
+    block = re.search(r'<pre id="report"[^>]*>(.*?)</pre>', text, re.DOTALL)
+    report = json.loads(html.unescape(block[1]))
+    assert "error" not in report, report
+    return report
+
+
+def test_the_page_in_the_repository_is_made_from_this_template():
+    text = PAGE.read_text(encoding="utf-8")
+    data = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1]
+    assert text == play.TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data)
+    assert len(text.encode()) < 4e6
+    assert "http" not in text.replace(data, "")  # nothing comes from a network
+
+
+@needs_browser
+def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(tmp_path):
+    report = report_of(tmp_path, PAGE)
+    run = report["run"]
+    assert run["lowest"] > 0.9  # cos θ: the pole stays up
+    assert run["mean"] > 0.8
+    assert len(run["crossed"]) == 3 and all(1 <= steps <= 40 for steps in run["crossed"])
+    assert [force for force in run["pushed"] if force] == [0.4, -0.4]
+    assert run["said"][0] == "The pole stands. Now flip the motor."
+    assert run["said"][5] == (
+        f"The motor was flipped 100 steps ago. z followed after {run['crossed'][0]}."
+    )
+    assert run["said"][9] == "You pushed the pole in its middle."
+    controls = report["controls"]
+    changes = {
+        "flip by button": [True, False],
+        "flip by key": [False, True],
+        "length": [0.5, 1.2],
+        "pause by key": [False, True],
+        "pause by button": [True, False],
+        "step by key": [0, 1],
+        "step by button": [1, 2],
+        "speed": [1, 0.2],
+        "forget": [128, 0],
+        "reset": [2, 0],
+        "window after reset": [128, 128],
+        "freeze": [False, True],
+        "omega while frozen": [True],
+        "omega afterwards": [False],
+        "drag": [0, 0.2],
+        "release": [0.2, 0],
+        "other motor": [True, False],
+        "turn": [False, True],
+        "flip during a turn": [controls["flip during a turn"][0]] * 2,
+        "steered right": [0.5],
+        "steered nowhere": [0],
+        "wiring shown": ["Wiring hidden"],
+        "length of a turn": [10, True],
+        "after the turn": [True, False],
+    }
+    assert {name: controls[name] for name in changes} == changes
+    assert "1.20 m, outside of what training showed" in controls["told"][0]
+    agent, reader = controls["scores"]
+    assert agent > reader > 0
+    words = f"You got {reader:.0f} points, the agent {agent:.0f} of 1000. Your pole fell after"
+    assert controls["verdict"][0].startswith(words)
+    assert report["milliseconds"] < 10  # a step takes less time than it simulates
+
+
+@needs_browser
+@pytest.mark.parametrize("env", ["di_inv", "di_perm"])
+def test_the_page_of_a_double_integrator_runs(tmp_path, env):
+    text, _ = play.page(play.load(save(tmp_path, env=env), play.SHOWN))
+    page = tmp_path / "page.html"
+    page.write_text(text, encoding="utf-8")
+    report = report_of(tmp_path, page)
+    assert report["controls"]["length"] == [1, 1.2]
+    assert report["controls"]["flip by key"] == [False, True]
+    assert report["controls"]["length of a turn"] == [10, True]
+    assert ("swapped" if env == "di_perm" else "flipped") in report["run"]["said"][5]
+
+
+@needs_browser
+@pytest.mark.parametrize("size", [(390, 844), (1280, 800)])
+def test_a_picture_of_the_page_is_not_blank(tmp_path, size):
+    Image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "page.png"
+    window = f"--window-size={size[0]},{size[1]}"
+    browse(tmp_path, PAGE.as_uri(), window, "--virtual-time-budget=500", f"--screenshot={path}")
+    picture = np.asarray(Image.open(path).convert("L"), dtype=float)
+    assert picture.shape == size[::-1]
+    for part in np.array_split(picture, 4):  # from top to bottom: words, pictures, controls
+        assert part.std() > 5
+    assert 0.02 < (np.abs(picture - np.median(picture)) > 60).mean() < 0.5
