@@ -53,9 +53,8 @@ def as_text(tensor):
 
 
 def describe(agent):
-    method = agent.method
     weights = {name: as_text(tensor) for name, tensor in acting_weights(agent).items()}
-    return {"method": method.paper, "context": method.context, "weights": weights}
+    return {"method": dmash.METHODS[agent.cfg.method].paper, "weights": weights}
 
 
 # ---- What the agent does in its training contexts -----------------------------------------------

@@ -60,8 +60,7 @@ def in_node(program, agents=(), env="cartpole_inv", **values):
         weights = play.acting_weights(agent)
         lists = {name: tensor.flatten().tolist() for name, tensor in weights.items()}
         data["agents"].append(play.describe(agent) | {"weights": lists})
-    whole = f"{script()}{PREPARE}const found = (() => {{{program}}})();"
-    whole += "console.log(JSON.stringify(found));"
+    whole = f"{script()}{PREPARE}console.log(JSON.stringify((() => {{{program}}})()));"
     text = json.dumps({"data": data} | values)
     done = subprocess.run(["node", "-e", whole], input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -298,7 +297,6 @@ def test_the_page_holds_the_agents_and_the_environment(tmp_path, capsys):
     assert "{{" not in text and len(text) < 4e6 and f"{len(text.encode()) / 1e6:.2f} MB" in said
     data = data_of(text)
     assert [agent["method"] for agent in data["agents"]] == ["DMA*-SH", "Concat"]
-    assert [agent["context"] for agent in data["agents"]] == ["inferred", "true"]
     mass, swap = data["dims"]
     assert mass == {"name": "mass", "usual": 1.0, "train": [0.5, 1.5], "all": [0.1, 2.0]}
     assert swap == {"name": "swap", "usual": 0.0, "train": [0.0, 1.0]}
