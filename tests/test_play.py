@@ -414,6 +414,8 @@ def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(tmp_p
         "step by key": [0, 1],
         "step by button": [1, 2],
         "speed": [1, 0.2],
+        "push by button": [0, -0.4],
+        "the slider's keys": [-0.4, -0.4],
         "forget": [128, 0],
         "reset": [2, 0],
         "window after reset": [128, 128],
@@ -437,6 +439,8 @@ def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(tmp_p
     assert agent > reader > 0
     words = f"You got {reader:.0f} points, the agent {agent:.0f} of 1000. Your pole fell after"
     assert controls["verdict"][0].startswith(words)
+    *clock, after_an_hour = report["clock"]
+    assert clock == [20, 10, 0] and 24 <= after_an_hour <= 25  # a quarter of a second at most
     assert report["milliseconds"] < 10  # a step takes less time than it simulates
 
 
