@@ -47,9 +47,10 @@ def new_agent(method="dma_star_sh", env="cartpole_inv", **settings):
     return agent
 
 
-def script(template=play.TEMPLATE):
+def script():
     """The page's own JavaScript, all but what needs a browser."""
-    return re.search(r'<script id="model">(.*?)</script>', template.read_text(), re.DOTALL)[1]
+    text = play.TEMPLATE.read_text(encoding="utf-8")
+    return re.search(r'<script id="model">(.*?)</script>', text, re.DOTALL)[1]
 
 
 def in_node(program, agents=(), env="cartpole_inv", **values):
@@ -401,7 +402,7 @@ def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(tmp_p
     assert [force for force in run["pushed"] if force] == [0.4, -0.4]
     assert run["said"][0] == "The pole stands. Now flip the motor."
     assert run["said"][5] == (
-        f"The motor was flipped 100 steps ago. z followed after {run['crossed'][0]}."
+        f"The motor was flipped 100 steps ago. z followed after {run['crossed'][0]} steps."
     )
     assert run["said"][9] == "You pushed the pole in its middle."
     controls = report["controls"]
