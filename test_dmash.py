@@ -87,6 +87,12 @@ def random_omega(samples=B):
     return dmash.Omega(*(torch.randn(samples, *shape) / 4 for shape in shapes))
 
 
+def with_seed(function, *arguments):
+    """What a function that draws random numbers returns, with the same ones each time."""
+    torch.manual_seed(5)
+    return function(*arguments)
+
+
 def tensors(omega):
     """The tensors of ω; of another method, the one tensor that stands in its place."""
     if isinstance(omega, dmash.Omega):
@@ -456,10 +462,8 @@ def critic_loss_by_hand(pi, Q, Q_target, alpha, omega, batch, gamma):
 def test_critic_loss_by_hand():
     networks = new_actor(), new_critics(), new_critics()
     arguments = torch.tensor(0.3), random_omega(), random_batch(), 0.9
-    torch.manual_seed(5)
-    loss = dmash.critic_loss(*networks, *arguments)
-    torch.manual_seed(5)
-    by_hand = critic_loss_by_hand(*networks, *arguments)
+    loss = with_seed(dmash.critic_loss, *networks, *arguments)
+    by_hand = with_seed(critic_loss_by_hand, *networks, *arguments)
     torch.testing.assert_close(loss, by_hand)
 
 
@@ -473,10 +477,8 @@ def test_critic_loss_trains_the_critics_alone():
 
 def test_actor_loss_by_hand():
     pi, Q, omega, batch = new_actor(), new_critics(), random_omega(), random_batch()
-    torch.manual_seed(5)
-    loss, log_prob = dmash.actor_loss(pi, Q, torch.tensor(0.3), omega, batch)
-    torch.manual_seed(5)
-    a, again = pi.sample(batch.s, omega)
+    loss, log_prob = with_seed(dmash.actor_loss, pi, Q, torch.tensor(0.3), omega, batch)
+    a, again = with_seed(pi.sample, batch.s, omega)
     q = Q(batch.s, a, omega)
     by_hand = sum(0.3 * again[b] - min(q[b, 0], q[b, 1]) for b in range(B)) / B
     torch.testing.assert_close(loss, by_hand)
@@ -754,10 +756,8 @@ def test_act_samples_for_training_and_takes_the_mean_for_evaluation():
     mean = agent.act(s, omega, noisy=False)
     torch.testing.assert_close(mean, agent.pi(s, omega)[0].tanh())
     assert not mean.requires_grad
-    torch.manual_seed(0)
-    a = agent.act(s, omega, noisy=True)
-    torch.manual_seed(0)
-    assert torch.equal(a, agent.pi.sample(s, omega)[0])
+    a = with_seed(agent.act, s, omega, True)
+    assert torch.equal(a, with_seed(agent.pi.sample, s, omega)[0])
     assert not torch.equal(a, agent.act(s, omega, noisy=True))
 
 
@@ -1049,6 +1049,8 @@ def test_update_averages_the_policy_where_asked():
     averaged = agent.pi_average.mean(s, omega)
     assert torch.equal(agent.act(s, omega, noisy=False), averaged)
     assert not torch.equal(agent.pi.mean(s, omega), averaged)
+    a = with_seed(agent.act, s, omega, True)
+    assert torch.equal(a, with_seed(agent.pi.sample, s, omega)[0])
 
 
 def test_agent_starts_with_the_temperature_of_its_config():
@@ -1346,10 +1348,8 @@ def test_critic_loss_bootstraps_at_the_time_limit():
         dmash.Critics(4, 2, d_x=D_X),
     ]
     arguments = [*networks, torch.tensor(0.3), random_omega(), batch, 0.9]
-    torch.manual_seed(5)
-    loss = dmash.critic_loss(*arguments)
-    torch.manual_seed(5)
-    torch.testing.assert_close(loss, critic_loss_by_hand(*arguments))
+    loss = with_seed(dmash.critic_loss, *arguments)
+    torch.testing.assert_close(loss, with_seed(critic_loss_by_hand, *arguments))
 
 
 @pytest.mark.parametrize("method", METHODS)
