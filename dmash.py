@@ -1001,7 +1001,7 @@ class Run:
             row[name] = self.sums[name] / (self.counts[name] or math.nan)
         row |= by_set(contexts, "return")
         for name, count in by_set(contexts, "diverged", sum).items():
-            row[f"diverged_{name}"] = count
+            row[f"diverged_{name}"] = int(count)
         contexts = [{"step": self.step, **context} for context in contexts]
         self.history.append({"metrics": row, "contexts": contexts})
         self.clear_sums()
