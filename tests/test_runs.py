@@ -31,10 +31,11 @@ import dmash
 
 ROOT = Path(dmash.__file__).resolve().parent
 FILES = ["checkpoint.pt", "config.json", "metrics.csv", "per_context.csv", "policy.pt"]
-SMALL = dict(env="di_inv", contexts=4, batch=32, random_steps=70, steps=40, eval_every=20)
+SMALL = dict(env="di_inv", contexts=4, batch=32, random_steps=30, steps=40, eval_every=20)
 SMALL |= dict(rollouts=1, threads=1, hidden=64, bottleneck=8)
-# With SMALL a run calls Rollout.step 24 + 70 times before its first gradient step. Each evaluation
-# takes 24 + 100 calls. Gradient step 31 begins an episode, with 24 calls for the warm-up.
+# Here an episode has 40 steps, and a warm-up 10. With SMALL a run calls Rollout.step 10 + 30 times
+# before its first gradient step. Gradient step 11 begins a new episode. An evaluation takes 50 calls.
+HORIZON, K = 40, 10
 
 not_on_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals or files")
 
@@ -167,6 +168,13 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(dmash, "plot", lambda run: None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def episodes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aib_envs, "ENVS", with_episodes(HORIZON, K))
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run, not to be changed."""
@@ -179,11 +187,17 @@ def folder(run, tmp_path):
     return Path(shutil.copytree(run, tmp_path / run.name))
 
 
+def with_episodes(horizon, K):
+    """The table, in which every environment has such episodes."""
+    table = {}
+    for env_id, spec in aib_envs.ENVS.items():
+        table[env_id] = dataclasses.replace(spec, horizon=horizon, K=K)
+    return table
+
+
 @pytest.fixture
 def short_episodes(monkeypatch):
-    """Every environment's episodes have 12 steps."""
-    for env_id, spec in aib_envs.ENVS.items():
-        monkeypatch.setitem(aib_envs.ENVS, env_id, dataclasses.replace(spec, horizon=12, K=6))
+    monkeypatch.setattr(aib_envs, "ENVS", with_episodes(12, 6))
 
 
 @pytest.fixture
@@ -208,8 +222,8 @@ def test_run_folder(run):
     assert list(metrics[0]) == ["step", "env_steps", *losses, *sets, *diverged]
     assert [row["step"] for row in metrics] == ["20", "40"]
     assert [row[name] for row in metrics for name in diverged] == ["0"] * 6
-    assert metrics[0]["env_steps"] == str(4 * (24 + 70 + 20))  # the warm-up counts
-    assert metrics[1]["env_steps"] == str(4 * (24 + 70 + 40 + 24))
+    assert metrics[0]["env_steps"] == str(4 * (10 + 30 + 10 + 20))  # the warm-ups count
+    assert metrics[1]["env_steps"] == str(4 * (10 + 30 + 10 + 40))
     rows = read(run / "per_context.csv")
     assert list(rows[0]) == ["step", "set", "index", "mass", "action_factor", "return", "diverged"]
     assert len(rows) == 2 * 3 * 4
@@ -218,7 +232,7 @@ def test_run_folder(run):
         mean = np.mean([float(row["return"]) for row in last])
         assert float(metrics[1][name]) == pytest.approx(mean, abs=1e-3)
     config = json.loads((run / "config.json").read_text())
-    assert config.items() >= {"env": "di_inv", "K": 24, "steps": 40, "batch": 32}.items()
+    assert config.items() >= {"env": "di_inv", "K": 10, "steps": 40, "batch": 32}.items()
     assert config["torch"] == torch.__version__
     assert config["version"] == dmash.code_version()
 
@@ -341,24 +355,24 @@ def test_version(tmp_path, monkeypatch, capsys):
 
 # ---- Exact resume -------------------------------------------------------------------------------
 
+INT, TERM = signal.SIGINT, signal.SIGTERM
 STOPS = [  # calls of Rollout.step at which signals come, step of the checkpoint, evaluations in it
-    ([50], 0, []),  # among the random steps
-    ([95], 1, []),
-    ([114], 20, []),  # in the step before an evaluation
-    ([120], 20, []),  # in the evaluation's warm-up
-    ([200], 20, []),  # in the middle of the evaluation
-    ([239], 21, [20]),
-    ([255], 31, [20]),  # in the warm-up of an episode of training
-    ([97, 20, 130], 26, [20]),  # again and again
-    ([300], 40, [20]),  # in the last evaluation
+    ([20], INT, 0, []),  # among the random steps
+    ([41], TERM, 1, []),
+    ([55], INT, 11, []),  # in the warm-up of an episode of training
+    ([70], TERM, 20, []),  # in the step before an evaluation
+    ([75], INT, 20, []),  # in the evaluation's warm-up
+    ([100], TERM, 20, []),  # in the middle of the evaluation
+    ([121], INT, 21, [20]),
+    ([43, 20, 60], TERM, 23, [20]),  # again and again
+    ([150], INT, 40, [20]),  # in the last evaluation
 ]
 
 
 @not_on_windows
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("calls, step, evaluations", STOPS)
+@pytest.mark.parametrize("calls, number, step, evaluations", STOPS)
 def test_a_stopped_run_resumes_exactly(
-    calls, step, evaluations, number, run, tmp_path, monkeypatch, capsys
+    calls, number, step, evaluations, run, tmp_path, monkeypatch, capsys
 ):
     folder = folder_of(tmp_path)
     for call in calls:
@@ -481,7 +495,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in dmash.py catches it."""
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_a_run_killed_between_two_files_of_a_save_goes_on(n, run, tmp_path, monkeypatch):
     """The first save writes three files, each later one five."""
 
@@ -525,13 +539,13 @@ def survive_kills(out, kills):
     Returns the last step evaluated at each kill.
     """
     sys.modules["matplotlib"] = None  # importing it would take most of the time
-    spec = aib_envs.ENVS["di_inv"]
-    aib_envs.ENVS["di_inv"] = dataclasses.replace(spec, horizon=20)
-    changes = dict(steps=24, eval_every=3, random_steps=30, K=8)
-    rng, whole, found = np.random.default_rng(0), folder_of(out / "whole"), []
-    begin = time.perf_counter()
-    assert in_child(arguments(out / "whole", **changes)) == 0
-    duration = time.perf_counter() - begin
+    aib_envs.ENVS = with_episodes(12, 6)
+    changes = dict(steps=24, eval_every=4, hidden=16, contexts=2)
+    rng, found = np.random.default_rng(0), []
+    for name in ("warm-up", "whole"):  # the first run also imports what torch imports late
+        begin = time.perf_counter()
+        whole = train(out / name, **changes)
+        duration = time.perf_counter() - begin
     for kill in range(kills):
         line = arguments(out / str(kill), "--go-on", **changes)
         folder = folder_of(out / str(kill))
@@ -553,10 +567,11 @@ def test_runs_killed_at_random_times_resume_to_the_same_end(tmp_path):
     """In a new process torch has no threads yet, so that a fork is safe."""
     code = """if True:
         import conftest, pathlib, sys, test_runs
-        print(*test_runs.survive_kills(pathlib.Path(sys.argv[1]), 12))"""
+        found = test_runs.survive_kills(pathlib.Path(sys.argv[1]), 12)
+        print(found, file=sys.stderr)"""
     done = command(tmp_path, code=code, cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr
-    found = done.stdout.split()
+    found = json.loads(done.stderr)
     assert len(found) == 12
     assert len(set(found)) >= 3, found  # the kills came at different times
 
@@ -625,7 +640,7 @@ def test_the_line_that_says_how_to_go_on_works(out, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "dmash.py")])
     with monkeypatch.context() as patch:
-        stopping(patch, 97)
+        stopping(patch, 43)
         train(out, status=130, steps=4, eval_every=4)
     line = capsys.readouterr().out.splitlines()[-1].partition("to go on: ")[2]
     words = subprocess.run(f"printf '%s\\n' {line}", shell=True, capture_output=True, text=True)
@@ -642,7 +657,7 @@ def test_a_second_signal_stops_at_once_and_handlers_are_put_back(tmp_path, monke
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
 
-    at_call(monkeypatch, dmash.Rollout, "step", 97, twice)
+    at_call(monkeypatch, dmash.Rollout, "step", 43, twice)
     folder = train(tmp_path, status=130)
     assert dmash.load(folder / "checkpoint.pt")["step"] == 0
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -690,17 +705,20 @@ def test_tqdm_s_bar_shows_the_training_return(monkeypatch):
     assert "training return 7.0" in stream.getvalue()
 
 
-def test_the_training_return_is_that_of_the_last_episode():
-    run = dmash.Run(dmash.Config(**SMALL), "unused")
+def test_the_training_return_is_that_of_the_last_episode(short_episodes, monkeypatch):
     rewards = []
-    for _ in range(230):
+
+    def record(result, envs):
+        rewards.append(result[1])
+        return result
+
+    from_call(monkeypatch, aib_envs.VectorEnv, "step", 1, record)
+    run = dmash.Run(dmash.Config(**TINY | dict(env="cartpole_inv", threads=1)), "unused")
+    for _ in range(2 * 12):
         run.rollout.collect(random=True)
-        rewards.append(run.rollout.replay.rows[run.rollout.replay.t - 1, :, -1])
-    # Two episodes of 100 steps each, and 30 steps of the third.
-    counted = torch.stack(rewards[-100 + 24 :]).sum(0).mean()
-    text = run.recent_return()
-    assert text.startswith("training return ")
-    assert float(text.split()[-1]) >= round(counted.item(), 1) - 0.05
+    expected = np.sum(rewards[-12:], axis=0).mean()
+    assert expected > 0.1
+    assert run.recent_return() == f"training return {expected:.1f}"
 
 
 def test_the_picture(run, tmp_path, monkeypatch):
@@ -952,7 +970,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(run, tmp_path, monkeypatch,
     """Files may not grow beyond the size of a first checkpoint, or not even there."""
     resource = pytest.importorskip("resource")
     with monkeypatch.context() as patch:
-        stopping(patch, 50)
+        stopping(patch, 20)
         first = train(tmp_path / "other", status=130) / "checkpoint.pt"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit, there in ((10_000, []), (first.stat().st_size, sorted(FILES[:2] + FILES[-1:]))):
@@ -1032,9 +1050,9 @@ def broken_target(losses, agent):
 
 
 NOT_FINITE = [  # what is told at which step, the function, its call at gradient step 25, the change
-    ("observation", 25, aib_envs.VectorEnv, "step", 24 + 70 + 25, not_a_number),
-    ("reward", 25, aib_envs.VectorEnv, "step", 24 + 70 + 25, endless_reward),
-    ("action", 25, dmash.Agent, "act", 25, not_a_number),
+    ("observation", 25, aib_envs.VectorEnv, "step", 40 + 10 + 25, not_a_number),
+    ("reward", 25, aib_envs.VectorEnv, "step", 40 + 10 + 25, endless_reward),
+    ("action", 25, dmash.Agent, "act", 10 + 25, not_a_number),
     ("dynamics_loss", 25, dmash, "dynamics_loss", 25, not_a_number),
     ("critic_loss", 25, dmash, "critic_loss", 25, not_a_number),
     ("actor_loss", 26, dmash, "actor_loss", 25, not_a_number),
@@ -1072,7 +1090,8 @@ def test_an_evaluation_that_diverges_is_told_and_training_goes_on(
     monkeypatch.setattr(aib_envs.DoubleIntegrator, "advance", fly_off)
     folder = train(tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith("  1 evaluation episodes diverged") for line in lines[1:3]] == [True] * 2
+    for line in lines[1:3]:
+        assert line.endswith("  1 evaluation episodes diverged")
     for row in read(folder / "metrics.csv"):
         assert [row[f"diverged_{name}"] for name in dmash.SETS] == ["0", "0", "1"]
         assert "nan" not in row.values()
@@ -1128,7 +1147,8 @@ def test_a_policy_acts_as_a_rollout_does(method, short_episodes, tmp_path):
     if agent.g is None:
         assert together.z is None
     else:
-        np.testing.assert_array_equal(together.z, agent.g(tau, noisy=False).detach())
+        z = agent.g(tau, noisy=False)
+        np.testing.assert_allclose(together.z, z.detach(), atol=1e-6)
         assert together.z.shape == (2, 8)
 
 
@@ -1137,13 +1157,10 @@ def test_a_policy_keeps_its_window_over_episodes_unless_it_forgets(run):
     policy = dmash.Policy.load(run)
     cfg, agent = policy.cfg, policy.agent
     rng = np.random.default_rng(0)
-    seen = [np.zeros(4 + 2 + 4)] * cfg.K
-    for episode in range(3):
-        if episode == 2:
-            policy.reset()
+    for forget in (True, False, True):
+        policy.reset(forget)
+        if forget:
             seen = [np.zeros(4 + 2 + 4)] * cfg.K
-        else:
-            policy.reset(forget=False)
         before = None
         for _ in range(20):
             s = rng.normal(size=4).astype(np.float32)
@@ -1162,35 +1179,40 @@ def test_a_policy_of_a_method_that_must_be_told_is_refused(short_episodes, tmp_p
         dmash.Policy.load(folder)
 
 
-AGENT = ROOT / "results/agent/policy.pt"
+def repository_agent():
+    for place in ("agent", "quick_fresh"):
+        for path in (ROOT / "results" / place).glob("**/policy.pt"):
+            if path.parent.name.startswith("cartpole_inv__dma_star_sh__quick"):
+                return path
+    pytest.skip("results/ has no agent")
 
 
 def test_the_agent_in_the_repository_knows_both_wirings():
     """Beyond the train range of lengths, too."""
-    cfg, agent = dmash.load_policy(AGENT)
+    path = repository_agent()
+    cfg, agent = dmash.load_policy(path)
     contexts = [{"length": x, "action_factor": f} for x in (0.4, 1.0) for f in (1, -1)]
     returns, _ = dmash.evaluate(agent, cfg, contexts)
-    assert AGENT.stat().st_size < 5e6
+    assert path.stat().st_size < 5e6
     assert returns.min() > 800, returns
 
 
 def test_a_pole_stays_up_when_the_motor_flips():
     """A loop of Gymnasium's. An agent that goes on with its last code lets the pole fall."""
-    last = {}
+    path, means = repository_agent(), {}
     for adapts in (True, False):
-        policy = dmash.Policy.load(AGENT)
+        policy = dmash.Policy.load(path)
         env = gymnasium.make("aib_envs:aib/cartpole_inv-v0")
         s, _ = env.reset(seed=1)
         rewards = []
-        for t in range(1000):
-            if t == 500:
+        for t in range(500):
+            if t == 250:
                 env.unwrapped.set_context(action_factor=-1)
                 _, omega = policy.agent.infer(policy.window.latest(False), noisy=False)
             a = policy.act(s)
-            if t >= 500 and not adapts:
+            if t >= 250 and not adapts:
                 a = policy.agent.act(torch.from_numpy(s).unsqueeze(0), omega, False)[0].numpy()
-            s, r, _, truncated, _ = env.step(a)
+            s, r, *_ = env.step(a)
             rewards.append(r)
-        assert truncated
-        last[adapts] = np.mean(rewards[-200:])
-    assert last[True] > 0.9 and last[False] < 0.5, last
+        means[adapts] = np.mean(rewards[-200:])
+    assert means[True] > 0.8 and means[False] < 0.4, means
