@@ -78,25 +78,21 @@ BUGS = {
                 "    done: torch.Tensor | float = 0.0  # (B,)\n\n    @property\n    def s2(self):\n"
             ),
             "batch.r + gamma * v2": "batch.r + gamma * (1 - batch.done) * v2",
-            "2 * d_s + d_a + 1, device": "2 * d_s + d_a + 2, device",
-            "    def add(self, s, a, r, s2):\n": "    def add(self, s, a, r, s2, done=False):\n",
-            "torch.cat([s, a, s2 - s, r.unsqueeze(-1)], -1)\n": (
-                "torch.cat(\n"
-                "            [s, a, s2 - s, r.unsqueeze(-1), torch.full_like(s[:, :1], done)], -1\n"
-                "        )\n"
+            "        self.t = 0  # transitions": (
+                "        self.ends = torch.zeros(capacity, device=c.device)\n"
+                "        self.t = 0  # transitions"
             ),
-            "n.unsqueeze(-1), :-1]": "n.unsqueeze(-1), :-2]",
-            "s, a, ds, r = rows.split([self.d_s, self.d_a, self.d_s, 1], -1)": (
-                "s, a, ds, r, done = rows.split([self.d_s, self.d_a, self.d_s, 1, 1], -1)"
+            "    def add(self, s, a, r, s2):\n": ("    def add(self, s, a, r, s2, done=False):\n"),
+            "        self.t += 1\n": (
+                "        self.ends[self.t % self.capacity] = float(done)\n        self.t += 1\n"
             ),
-            "        return Batch(s, a, ds, r.squeeze(-1), self.windows(n, t, noisy=True)": (
-                "        r, done = r.squeeze(-1), done.squeeze(-1)\n"
-                "        return Batch(s, a, ds, r, self.windows(n, t, noisy=True)"
+            "        return Batch(s, a, ds, r.squeeze(-1), self.windows(n, t, noisy=True), ": (
+                "        tau, done = self.windows(n, t, noisy=True), self.ends[t % self.capacity]\n"
+                "        return Batch(s, a, ds, r.squeeze(-1), tau, done=done, c="
             ),
-            "self.c)\n\n    def state_dict": "self.c, done)\n\n    def state_dict",
             "self.replay.add(s, a, r, self.s)": "self.replay.add(s, a, r, self.s, self.done)",
         },
-        test="test_rollout_steps_are_what_the_replay_holds",
+        test="test_critic_loss_bootstraps_at_the_time_limit",
         curve="",
     ),
     "masks_on": Bug(
