@@ -566,17 +566,19 @@ class GaussianEncoder(ContextEncoder):
     """The encoder of DMA-Pearl: z is a sample of N(mean, variance).
 
     `forward` also sets `kl` to KL(N(mean, variance) ‖ N(0, I)), mean over samples and dimensions.
+    The layer norms are those of the published code's preset.
     """
 
     def __init__(self, d_s, d_a, d_z, *options):
         super().__init__(d_s, d_a, d_z, *options)
         self.variance = nn.Linear(self.project.in_features, d_z, bias=False)
+        self.mean_norm, self.variance_norm = nn.LayerNorm(d_z), nn.LayerNorm(d_z)
 
     def forward(self, tau, noisy):
         """z (B, 8): a sample if `noisy`, else the mean."""
         last = self.read(tau, noisy)
-        mean = self.project(last)
-        variance = F.softplus(self.variance(last))
+        mean = self.mean_norm(self.project(last))
+        variance = F.softplus(self.variance_norm(self.variance(last)))
         self.kl = ((variance + mean.square() - 1 - variance.log()) / 2).mean()
         if noisy:
             return mean + variance.sqrt() * torch.randn_like(mean)

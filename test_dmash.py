@@ -243,16 +243,26 @@ def test_encoder_equals_a_step_by_step_lstm(method):
             x = x / x.abs().mean(-1, keepdim=True)
         h, c = cell(x, (h, c))
     z = h @ g.project.weight.T
+    if row.kl:
+        z = standardised(z)  # LayerNorm as it starts
     if row.output_norm:
         z = z.reshape(B, 2, 4).softmax(-1).reshape(B, 8)
     torch.testing.assert_close(g(tau, noisy=False), z)
 
 
+def standardised(x):
+    """Mean 0 and variance 1 over the last axis, with LayerNorm's 1e-5."""
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
 def pearl_code(g, tau):
     """The Gaussian of DMA-Pearl's code, (B, 8), by torch.distributions, and its mean KL."""
     _, (last, _) = g.lstm(g.embed(tau).transpose(0, 1))
-    mean = last[0] @ g.project.weight.T
-    variance = torch.log1p((last[0] @ g.variance.weight.T).exp())
+    mean = standardised(last[0] @ g.project.weight.T) * g.mean_norm.weight + g.mean_norm.bias
+    norm = g.variance_norm
+    raw = standardised(last[0] @ g.variance.weight.T) * norm.weight + norm.bias
+    variance = torch.log1p(raw.exp())
     normal = Normal(mean.double(), variance.double().sqrt())
     unit = Normal(torch.zeros(8).double(), torch.ones(8).double())
     return normal, kl_divergence(normal, unit).mean()
@@ -262,8 +272,9 @@ def test_gaussian_encoder_equals_torch_distributions():
     """The mean at evaluation, a sample if noisy."""
     g, n = small_agent(method="dma_pearl").g, 4000
     with torch.no_grad():
-        g.project.weight *= 8  # so that the means are not close to zero
-        g.variance.weight *= 8
+        for norm in (g.mean_norm, g.variance_norm):  # so that both do something
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.normal_()
     tau = torch.randn(1, L, 2 * D_S + D_A).expand(n, -1, -1)
     normal, kl = pearl_code(g, tau)
     torch.testing.assert_close(g(tau, noisy=False).double(), normal.mean)
@@ -526,8 +537,9 @@ def sizes_by_hand(row):
     sizes["Q"] = sizes["Q_target"] = 2 * network_size(D_S + D_A, 1, row.rl, row, d_z)
     if row.context == "z":
         lstm = 4 * 32 * (32 + 32 + 2)
-        heads = 2 if row.kl else 1
-        sizes["g"] = 32 * (2 * D_S + D_A) + lstm + 8 * 32 * heads
+        sizes["g"] = 32 * (2 * D_S + D_A) + lstm + 8 * 32
+        if row.kl:  # the variance's layer, and two layer norms
+            sizes["g"] += 8 * 32 + 2 * (8 + 8)
     if row.f != "none":
         sizes["f"] = network_size(D_S + D_A, D_S, row.f, row, d_z)
     if row.hypernetwork == "shared":
@@ -602,6 +614,7 @@ def reference_agent(method):
         layers = [agent.g.embed, agent.g.lstm, agent.g.project]
         if method == "dma_pearl":
             layers.append(agent.g.variance)
+            agent.g.mean_norm = agent.g.variance_norm = torch.nn.Identity()  # recorded without
         set_tensors(0, *(p for layer in layers for p in layer.parameters()))
     if agent.h is not None:
         set_hypernetwork(10, agent.h)
@@ -1013,7 +1026,7 @@ def test_update_weighs_the_dynamics_loss_of_pearl_by_its_kl(monkeypatch):
     """L (1 + 0.4 KL) is minimised. L is reported."""
     agent, batch = small_agent(method="dma_pearl"), random_batch()
     with torch.no_grad():
-        agent.g.variance.weight *= 20  # so that the KL is not close to zero
+        agent.g.variance_norm.weight *= 20  # so that the KL is not close to zero
     _, kl = pearl_code(agent.g, batch.tau)
     minimised, backward = [], torch.Tensor.backward
 

@@ -34,7 +34,8 @@ FILES = ["checkpoint.pt", "config.json", "metrics.csv", "per_context.csv", "poli
 SMALL = dict(env="di_inv", contexts=4, batch=32, random_steps=30, steps=40, eval_every=20)
 SMALL |= dict(rollouts=1, threads=1, hidden=64, bottleneck=8)
 # Here an episode has 40 steps, and a warm-up 10. With SMALL a run calls Rollout.step 10 + 30 times
-# before its first gradient step. Gradient step 11 begins a new episode. An evaluation takes 50 calls.
+# before its first gradient step. Gradient step 11 begins a new episode. An evaluation takes 50
+# calls.
 HORIZON, K = 40, 10
 
 not_on_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals or files")
