@@ -1,0 +1,113 @@
+"""What README.md shows is true: its snippets run, its commands parse, its numbers are measured."""
+
+import csv
+import re
+import shlex
+import sys
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+import pytest
+
+import aib_envs
+import dmash
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "studies"))
+import compare  # noqa: E402
+import runs as reader  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OURS = "cartpole_inv__dma_star_sh"
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return reader.read_runs([ROOT / "results"])
+
+
+def of(runs, experiment, method="dma_star_sh", env="cartpole_inv"):
+    found = [run for run in runs if run.experiment == experiment and run.env == env]
+    return [run for run in found if run.method == method and not run.departures]
+
+
+def ladder():
+    """The numbers of each step: minutes, train, eval_in, eval_out."""
+    rows = re.findall(
+        r"\| (see|learn|reproduce) \|[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|", README
+    )
+    return {name: [float(cell) for cell in cells] for name, *cells in rows}
+
+
+@pytest.mark.parametrize("i", range(len(SNIPPETS)))
+def test_snippets_run(i, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    exec(SNIPPETS[i], {})
+
+
+def test_the_loop_of_ones_own_survives_the_reversed_motor(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (loop,) = [snippet for snippet in SNIPPETS if "Policy.load" in snippet]
+    seen = {"rewards": []}
+    exec(loop + "    rewards.append(r)\n", seen)
+    assert len(seen["rewards"]) == 500 and np.mean(seen["rewards"][-100:]) > 0.8
+
+
+def test_commands_have_flags_that_exist():
+    commands = re.findall(r"`(python dmash\.py [^`]*)`", README)
+    assert len(commands) >= 4
+    for command in commands:
+        words = shlex.split(command)[2:]
+        given = vars(dmash.build_parser().parse_args(words))
+        if "env" in given and ":" not in given["env"]:
+            assert given["env"] in aib_envs.ENVS
+
+
+def test_programs_and_links_are_there():
+    for name in re.findall(r"`(\w+\.py)`", README.split("## Studies")[1]):
+        assert (ROOT / "studies" / name).is_file(), name
+    for target in re.findall(r"\]\((?!http)([^)#]*)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_methods_are_all_there():
+    table = README.split("`METHODS`")[1].split("## What we found")[0]
+    named = set(re.findall(r"`(\w+)`", table)) - {"--method"}
+    assert named == set(dmash.METHODS) - {"dma_star_sh"}
+
+
+def test_headline_is_the_five_seeds_of_the_tables(runs):
+    mean, low, high = compare.contrast([1], [[run.last("mean") for run in of(runs, "quick")]])
+    headline = re.search(r"\*\*(\d+) of 1000.*?interval (\d+) to (\d+)", README, re.DOTALL)
+    assert [int(x) for x in headline.groups()] == [round(mean), round(low), round(high)]
+    with open(ROOT / "results/no_action.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["env"] == "cartpole_inv"]
+    sets = {
+        name: fmean(float(r["return"]) for r in rows if r["set"] == name) for name in dmash.SETS
+    }
+    assert f"Doing nothing earns {fmean(sets.values()):.0f}" in README
+
+
+@pytest.mark.parametrize(
+    "step, experiment",
+    [("see", "quick_fresh"), ("learn", "quick"), ("reproduce", "paper_settings_forgetting")],
+)
+def test_ladder_has_the_numbers_of_the_tables(step, experiment, runs):
+    ours = of(runs, experiment)
+    minutes, *returns = ladder()[step]
+    expected = [fmean(run.last(name) for run in ours) for name in dmash.SETS]
+    assert returns == pytest.approx(expected, abs=0.51)
+    if step != "see":
+        assert minutes == round(median(run.metrics[-1]["seconds"] for run in ours) / 60)
+
+
+def test_findings_are_those_of_the_tables(runs):
+    def mean(method, env, score):
+        return fmean(run.last(score) for run in of(runs, "quick", method, env))
+
+    ours, told = (mean(name, "cartpole_inv", "eval_out") for name in ("dma_star_sh", "concat"))
+    assert f"earns {ours:.0f} and Concat, which is told the truth, {told:.0f}." in README
+    behind = mean("dma_star", "ode", "mean") - mean("dma_star_sh", "ode", "mean")
+    assert f"is {behind:.0f} points of 200 behind" in README
