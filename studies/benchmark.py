@@ -15,7 +15,7 @@ multiplications at the rate of a large one. Evaluation is left out.
 
 FOLDER holds the dmash.py and aib_envs.py of another commit, such as git worktree makes. It runs
 with the settings of this one. Two processes take turns, one asleep while the other works, so that a
-busy machine slows both alike. The ratio is that of two turns side by side, in milliseconds. Below 1,
+busy machine slows both alike. The ratio is that of the milliseconds of two turns. Below 1,
 this checkout is the faster.
 """
 

@@ -33,10 +33,12 @@ def saved(tmp_path):
     """The folder of an untrained run of a method."""
 
     def save(method, env="di_inv"):
-        cfg = dmash.Config(env=env, method=method, out=tmp_path, **SMALL)
+        cfg = dmash.Config(env=env, method=method, out=str(tmp_path), **SMALL)
         folder = dmash.run_folder(cfg)
         folder.mkdir()
-        dmash.Run(cfg, folder).save()
+        run = dmash.Run(cfg, folder)
+        run.inode = folder.stat().st_ino
+        run.save()
         return folder
 
     return save
@@ -165,10 +167,14 @@ def test_runs_of_several_lengths_of_window_have_lines_of_their_own(tmp_path, cap
     pytest.importorskip("matplotlib")
     runs = []
     for K in (8, 12):
-        cfg = dmash.Config(env="di_inv", method="dma_star", out=tmp_path / str(K), K=K, **SMALL)
+        cfg = dmash.Config(
+            env="di_inv", method="dma_star", out=str(tmp_path / str(K)), K=K, **SMALL
+        )
         folder = dmash.run_folder(cfg)
         folder.mkdir(parents=True)
-        dmash.Run(cfg, folder).save()
+        run = dmash.Run(cfg, folder)
+        run.inode = folder.stat().st_ino
+        run.save()
         runs.append(str(folder))
     assert adaptation.main([*runs, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/adaptation.png").exists()

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
 import benchmark  # noqa: E402
 
+import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
 SMALL = "--env di_inv --contexts 4 --batch 16 --threads 1 --hidden 32 --hyper-hidden 8"
@@ -49,7 +50,7 @@ def test_benchmark_prints_every_phase_and_the_phases_sum_to_the_total(method, ca
 
 @pytest.mark.parametrize("method", ["dma_star_sh", "da", "dr"])
 def test_time_is_counted_in_the_phase_that_spends_it(method, monkeypatch):
-    """On a clock that stands still but for what is planted: a different time in each part of a gradient step."""
+    """On a clock that stands still but for what is planted: another time in each part of a step."""
     cfg, now = (
         dmash.Config(env="di_inv", method=method, contexts=4, batch=16, threads=1, hidden=8),
         0,

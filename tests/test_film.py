@@ -31,10 +31,12 @@ def saved(tmp_path):
     """The folder of an untrained run of a method."""
 
     def save(method, env="di_inv"):
-        cfg = dmash.Config(env=env, method=method, out=tmp_path, **SMALL)
+        cfg = dmash.Config(env=env, method=method, out=str(tmp_path), **SMALL)
         folder = dmash.run_folder(cfg)
         folder.mkdir()
-        dmash.Run(cfg, folder).save()
+        run = dmash.Run(cfg, folder)
+        run.inode = folder.stat().st_ino
+        run.save()
         return folder
 
     return save
@@ -73,10 +75,9 @@ def test_a_film_shows_the_switch_and_holds_still(saved, tmp_path, monkeypatch, c
     said = capsys.readouterr().out
     assert "normal, mass 1: return" in said and "then inverted, mass 1, ω frozen: " in said
     (shot,) = films
-    assert shot.z.shape == (6, 2, 8) and shot.a.shape == (6, 2, 2) and shot.r.shape == (6, 2)
-    assert [[c["action_factor"] for c in row] for row in shot.contexts] == [[1, -1]] * 3 + [
-        [-1, 1]
-    ] * 3
+    assert shot.z.shape == (6, 3, 8) and shot.a.shape == (6, 3, 2) and shot.r.shape == (6, 3)
+    signs = [[context["action_factor"] for context in row] for row in shot.contexts]
+    assert signs == [[1, -1, 1]] * 3 + [[-1, 1, -1]] * 3
     gif = Image.open(path)
     assert gif.n_frames == 6 and gif.info["loop"] == 0 and gif.size[0] == 1200
     pictures = []
@@ -114,8 +115,12 @@ def test_a_film_has_z_where_the_agent_infers_it(method, there):
 
 
 def test_what_goes_far_is_followed():
-    view = lambda x: aib_envs.View(np.array([x, 0.0]), 2.0)
-    body = lambda x: [aib_envs.Shape(np.array([x, 0.0]), np.array([x, 1.0]), 0.1, aib_envs.RED)]
+    def view(x):
+        return aib_envs.View(np.array([x, 0.0]), 2.0)
+
+    def body(x):
+        return [aib_envs.Shape(np.array([x, 0.0]), np.array([x, 1.0]), 0.1, aib_envs.RED)]
+
     pictures = [[(view(x), body(x))] for x in (0.0, 5.0)]
     shot = film.Film([[{}]] * 2, pictures, None, np.zeros((2, 1, 1)), np.zeros((2, 1)))
     assert film.boxes(shot, 1.0).mean(-2)[:, 0, 0].tolist() == [0, 5]

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
+import runs as reader  # noqa: E402
 import unseen  # noqa: E402
 from test_compare import make_run  # noqa: E402
 
@@ -65,7 +67,7 @@ def test_a_run_without_a_pair_trains_goes_on_and_is_evaluated(tmp_path, capsys):
         assert (pair == (1, -1)) == (row["set"] == "eval_out")
     capsys.readouterr()
     assert unseen.main(["--eval", str(folder), "--per-context", "--threads", "1"]) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
+    head, _, *lines = capsys.readouterr().out.splitlines()
     told = list(csv.DictReader(lines[:-1]))
     assert (
         head.startswith(f"{PM}, concat") and [row["set"] for row in told[-4:]] == ["eval_out"] * 4
@@ -88,7 +90,7 @@ def test_plan_has_each_run_once_and_no_other(capsys):
 
 
 def test_report_by_hand(tmp_path, monkeypatch, capsys):
-    """Means over runs, of bootstrap samples that draw seeds within each pair."""
+    """Means over runs, with Student's interval."""
     for env in unseen.LEFT_OUT:
         monkeypatch.setitem(aib_envs.ENVS, env, aib_envs.ENVS["di_signs"])
     for env, seed, level in ((PM, 1, 50), (PM, 2, 70), ("di_signs_without_mm", 1, 30)):
@@ -96,23 +98,16 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "runs", PM, "dr", 1, 20)
     make_run(tmp_path / "runs", PM, "dr", 2, 20, done=5)
     make_run(tmp_path / "runs", "di_inv", "dr", 1, 99)
-    monkeypatch.setitem(sys.modules, "compare_figures", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert unseen.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("4 runs; 2 more") and "no figure is drawn" in text
-    # (2 · 50 + 30) / 3 and (2 · 70 + 30) / 3: in a quarter of the samples each
-    assert (
-        "| `concat` | 3 | 2 | 50.0 [43.3, 56.7] | 50.0 [43.3, 56.7] | 46.0 [39.3, 52.7] |" in text
-    )
-    assert "| `dr` | 1 | 1 | 20.0 | 20.0 | 16.0 |" in text
+    # the standard deviation of 50, 70 and 30 is 20; t = 4.303 with two degrees of freedom
+    assert "| Concat | 3 | 2 | 50.0 [0.3, 99.7] | 50.0 [0.3, 99.7] | 47.0 [−2.7, 96.7] |" in text
+    assert "| DR | 1 | 1 | 20.0 | 20.0 | 17.0 |" in text
     rows = read(tmp_path / "unseen.csv")
-    assert [
-        (row["env"], row["seed"], row["eval_out"]) for row in rows if row["method"] == "concat"
-    ] == [
-        ("di_signs_without_mm", "1", "26"),
-        (PM, "1", "46"),
-        (PM, "2", "66"),
-    ]
+    found = {(r["env"], r["seed"], r["eval_out"]) for r in rows if r["method"] == "concat"}
+    assert found == {("di_signs_without_mm", "1", "27"), (PM, "1", "47"), (PM, "2", "67")}
 
 
 @pytest.mark.parametrize("env_id", aib_envs.ENVS)
@@ -152,14 +147,16 @@ def test_sweeps_vary_one_dimension_far_beyond_its_ranges(env_id):
 
 @pytest.mark.parametrize("drawn", [True, False])
 def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
-    """Two runs of one method and one of another, whose return would be their seed times mass and sign."""
-    pytest.importorskip("matplotlib") if drawn else monkeypatch.setitem(
-        sys.modules, "compare_figures", None
-    )
+    """Two runs of one method and one of another; a return is seed times mass and sign."""
+    if drawn:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     asked = []
 
     def loaded(path):
-        cfg = dmash.Config(env="di_inv", method=path[:-1], seed=path[-1])
+        method, seed = str(path)[:-1], str(path)[-1]
+        cfg = dmash.Config(env="di_inv", method=method, seed=seed)
         return cfg, type("Agent", (), {"step": 7})
 
     def evaluate(agent, cfg, contexts, rollouts):
@@ -176,7 +173,7 @@ def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
     assert asked == [unseen.ROLLOUTS] * 3 and "di_inv, dr, seed 3, step 7 of 100,000" in text
     rows = read(tmp_path / "out" / "beyond_di_inv.csv")
     masses = [
-        float(row["mass"]) for row in rows if row["varied"] == "mass" and row["method"] == "da"
+        float(row["mass"]) for row in rows if row["varied"] == "mass" and row["method"] == "DA"
     ]
     masses = np.array(masses[: len(masses) // 2])
     inside = masses[(0.5 <= masses) & (masses <= 1.5)].mean()
@@ -185,15 +182,15 @@ def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
     for sign, more in ((1, 0), (-1, 1000)):
         table = text.split(f"di_inv: mass, action_factor {sign}\n\n")[1].split("\n\n")[0]
         assert table.startswith("| method | seeds | train range | extrapolation range | beyond |")
-        for method, seeds, seed in (("dr", 2, 2), ("da", 1, 1)):  # the mean of seeds 1 and 3
+        for method, seeds, seed in (("DR", 2, 2), ("DA", 1, 1)):  # the mean of seeds 1 and 3
             cells = " | ".join(f"{seed * (value + more):.1f}" for value in (inside, near, far))
-            assert f"| `{method}` | {seeds} | {cells} |" in table
+            assert f"| {method} | {seeds} | {cells} |" in table
     strengths = text.split("di_inv: action_factor\n")[1]
     assert (
         strengths.split()[:15:2] == ["|"] * 8
         and strengths.split()[5:18:2] == "±0 ±0.1 ±0.25 ±0.5 ±1 ±1.5 ±2".split()
     )
-    assert "| `da` | 1 | 1.0 | 1.0 | 1.0 | 1.0 | 501.0 | 1.0 | 1.0 |" in strengths
+    assert "| DA | 1 | 1.0 | 1.0 | 1.0 | 1.0 | 501.0 | 1.0 | 1.0 |" in strengths
     assert all(float(row["diverged"]) == (float(row["return"]) < 1) for row in rows)
     assert (
         (tmp_path / "out" / "beyond_di_inv.png").exists()
@@ -204,15 +201,13 @@ def test_beyond_by_hand(drawn, tmp_path, monkeypatch, capsys):
 
 def test_policies_of_other_settings_are_told_apart_and_none_counts_twice():
     def labels(*settings):
-        loaded = [
-            (dmash.Config(env="di_inv", **of), type("Agent", (), {"step": 7})) for of in settings
-        ]
-        return unseen.labels_of(loaded, range(len(loaded)))
+        made = [asdict(dmash.Config(env="di_inv", **of)) for of in settings]
+        return unseen.policy_labels(made)
 
     star, wide = dict(method="dma_star", seed=1), dict(method="dma_star", seed=2, K=12, mask=0.4)
-    assert labels(star, dict(method="dma_star_sh")) == ["dma_star", "dma_star_sh"]
-    assert labels(star, wide) == ["dma_star, K 24, mask 0.2", "dma_star, K 12, mask 0.4"]
-    with pytest.raises(dmash.BadInput, match="1: the same run as 0"):
+    assert labels(star, dict(method="dma_star_sh")) == ["DMA*", "DMA*-SH"]
+    assert labels(star, wide) == ["DMA*, K 24, mask 0.2", "DMA*, K 12, mask 0.4"]
+    with pytest.raises(dmash.BadInput, match="di_inv, DMA., seed 1: the same run twice"):
         labels(star, star | {"out": "elsewhere"})
 
 
@@ -225,54 +220,42 @@ def test_runs_of_other_settings_are_told_apart(tmp_path, capsys):
     assert unseen.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert (
-        "| `concat, polyak 0.005` | 2 | 2 | 60.0 |" in said
-        and "| `dr, polyak 0.05` | 2 | 2 | 50.0 |" in said
+        "| Concat, polyak 0.005 | 2 | 2 | 60.0 |" in said
+        and "| DR, polyak 0.05 | 2 | 2 | 50.0 |" in said
     )
 
 
-def test_figures_show_every_run_and_shade_the_ranges(tmp_path):
-    pytest.importorskip("matplotlib")
-    import aer
-    import compare_figures
-
-    spec = aib_envs.ENVS["di_inv"]
-    rows = [
-        {"method": method, "return": level * context["mass"], **panel, **context}
-        for method, level in (("dr", 1), ("dr", 3), ("da", 5))
-        for panel, context in unseen.sweeps(spec.context)
-    ]
-    figure = unseen.draw_beyond(
-        compare_figures, "di_inv", {dim.name: dim for dim in spec.context}, rows
-    )
+def test_figures_show_every_run_and_shade_the_ranges():
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    dims = aib_envs.ENVS["di_inv"].context
+    rows = []
+    for method, level in (("dr", 1), ("dr", 3), ("da", 5)):
+        for panel, context in unseen.sweeps(dims):
+            rows.append({"method": method, "return": level * context["mass"], **panel, **context})
+    figure = Figure()
+    unseen.draw_beyond(figure, "di_inv", {dim.name: dim for dim in dims}, rows)
     normal, inverted, strength = figure.axes
     for ax in (normal, inverted):
-        assert {
-            line.get_label(): line.get_ydata()[0] / line.get_xdata()[0] for line in ax.lines
-        } == pytest.approx({"dr": 2, "da": 5})
-        ends = [
-            patch.get_extents().transformed(ax.transData.inverted()).intervalx
-            for patch in ax.patches
-        ]
-        assert [tuple(end) for end in ends] == [pytest.approx((0.1, 2)), pytest.approx((0.5, 1.5))]
+        slopes = {}
+        for line in ax.lines:
+            slopes[line.get_label()] = line.get_ydata()[0] / line.get_xdata()[0]
+        assert slopes == pytest.approx({"dr": 2, "da": 5})
+        ends = []
+        for patch in ax.patches:
+            box = patch.get_extents().transformed(ax.transData.inverted())
+            ends.append(tuple(box.intervalx))
+        assert ends == [pytest.approx((0.1, 2)), pytest.approx((0.5, 1.5))]
     marks = [line.get_xdata()[0] for line in strength.lines if len(line.get_xdata()) == 2]
     assert marks == [-1, 1] and not strength.patches
 
-    runs = [aer.Run(None, {}, [{"eval_in": 10 * i, "eval_out": i}], []) for i in (1, 2)]
-    (ax,) = unseen.draw_report(compare_figures, {"dr": runs, "da": runs[:1]}).axes
+    runs = []
+    for i in (1, 2):
+        metrics = [{"eval_in": 10 * i, "eval_out": i}]
+        runs.append(reader.Run("", "", "", "dr", i, {}, {}, metrics, [], Path()))
+    figure = Figure()
+    unseen.draw_report(figure, {"dr": runs, "da": runs[:1]})
+    (ax,) = figure.axes
     assert [list(line.get_ydata()) for line in ax.lines] == [[10, 20], [1, 2], [10], [1]]
-
-
-def test_the_report_of_compare_shows_each_pair_of_signs_by_itself(tmp_path):
-    pytest.importorskip("matplotlib")
-    import aer
-    import compare_figures
-
-    make_run(tmp_path, "di_signs", "dr", 1, 50)
-    axes = compare_figures.contexts("title", aer.read_runs([tmp_path])).axes
-    titles = [f"x {x}, y {y}" for x in ("normal", "inverted") for y in ("normal", "inverted")]
-    assert [(ax.get_xlabel(), ax.get_title()) for ax in axes] == [
-        ("mass", title) for title in titles
-    ]
 
 
 @pytest.mark.parametrize(
@@ -287,8 +270,8 @@ def test_the_report_of_compare_shows_each_pair_of_signs_by_itself(tmp_path):
         ("report {runs} --out x", "no finished run of di_signs_without_pp, "),
         ("report {runs}", "required: --out"),
         ("report {runs} --out x --rollouts 3", "unrecognized arguments: --rollouts 3"),
-        ("beyond nowhere --out x", "nowhere: no such file"),
-        ("beyond {runs}/di_inv__dr__quick__s1 --out x", "policy.pt: no such file"),
+        ("beyond nowhere --out x", "nowhere: must be a policy file"),
+        ("beyond {runs}/di_inv__dr__quick__s1 --out x", "policy.pt: must be a policy file"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
