@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import shlex
 import shutil
 import signal
 import sys
@@ -432,8 +433,9 @@ def test_a_run_that_was_stopped_goes_on_by_the_line_it_prints(tmp_path, monkeypa
         patch.setattr(dmash.Run, "gradient_step", interrupted)
         assert departures.main(command) == 128 + signal.SIGINT
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"stopped at step 1; to go on: --resume {folder}"
-    assert departures.main(last.split("to go on: ")[1].split()) == 0
+    words = shlex.split(last)
+    assert "stopped at step 1;" in last and words[-1] == f"--resume={folder}"
+    assert departures.main(words[-1:]) == 0
     assert "step 4 " in capsys.readouterr().out
     blank = shutil.copytree(folder, tmp_path / "a copy")
     assert departures.main([f"--eval={blank}", "--rollouts", "1"]) == 0
