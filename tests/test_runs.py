@@ -34,8 +34,9 @@ FILES = ["checkpoint.pt", "config.json", "metrics.csv", "per_context.csv", "poli
 SMALL = dict(env="di_inv", contexts=4, batch=32, random_steps=30, steps=40, eval_every=20)
 SMALL |= dict(rollouts=1, threads=1, hidden=64, bottleneck=8)
 # Here an episode has 40 steps, and a warm-up 10. With SMALL a run calls Rollout.step 10 + 30 times
-# before its first gradient step. Gradient step 11 begins a new episode. An evaluation takes 50 calls.
+# before its first gradient step. Gradient step 11 begins an episode. An evaluation takes 50 calls.
 HORIZON, K = 40, 10
+TABLE = aib_envs.ENVS  # with episodes of full length
 
 not_on_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals or files")
 
@@ -190,9 +191,14 @@ def folder(run, tmp_path):
 def with_episodes(horizon, K):
     """The table, in which every environment has such episodes."""
     table = {}
-    for env_id, spec in aib_envs.ENVS.items():
+    for env_id, spec in TABLE.items():
         table[env_id] = dataclasses.replace(spec, horizon=horizon, K=K)
     return table
+
+
+@pytest.fixture
+def full_episodes(monkeypatch):
+    monkeypatch.setattr(aib_envs, "ENVS", TABLE)
 
 
 @pytest.fixture
@@ -444,10 +450,13 @@ def test_an_environment_of_a_module_trains(registered, tmp_path, monkeypatch, ca
     assert list(read(folder / "per_context.csv")[0])[3] == "mass"
     train(tmp_path, status=2, **changes | dict(env="my_module:mime"))
     assert "unknown environment 'mime' (did you mean mine?)" in error_of(capsys)
-    # Another process knows the policy alone.
-    code = "import sys, dmash; sys.path.insert(0, sys.argv.pop(1)); sys.exit(dmash.main())"
-    done = command(tmp_path, "--eval", folder, code=code)
-    assert done.stdout.startswith("my_module:mine, dma_star_sh, seed 1, step 12, "), done.stderr
+    # A process that has the policy alone imports the module by itself.
+    del sys.modules["my_module"], aib_envs.ENVS["mine"]
+    del gymnasium.envs.registration.registry["aib/mine-v0"]
+    capsys.readouterr()
+    assert dmash.main(["--eval", str(folder), "--rollouts=1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("my_module:mine, dma_star_sh, seed 1, step 12, ")
 
 
 def test_an_environment_of_gymnasium_trains_and_resumes(tmp_path, monkeypatch, capsys):
@@ -830,8 +839,11 @@ BAD_COMMANDS = [
 
 
 @pytest.mark.parametrize("line, message", BAD_COMMANDS)
-def test_bad_input_gets_one_line_and_status_2(line, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_gets_one_line_and_status_2(
+    line, message, full_episodes, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dmash.Run, "train", None)  # a line that is not refused fails at once
     assert dmash.main(line.split(" ")) == 2
     assert error_of(capsys).startswith(message)
     assert not os.listdir()
@@ -1187,7 +1199,7 @@ def repository_agent():
     pytest.skip("results/ has no agent")
 
 
-def test_the_agent_in_the_repository_knows_both_wirings():
+def test_the_agent_in_the_repository_knows_both_wirings(full_episodes):
     """Beyond the train range of lengths, too."""
     path = repository_agent()
     cfg, agent = dmash.load_policy(path)
@@ -1197,7 +1209,7 @@ def test_the_agent_in_the_repository_knows_both_wirings():
     assert returns.min() > 800, returns
 
 
-def test_a_pole_stays_up_when_the_motor_flips():
+def test_a_pole_stays_up_when_the_motor_flips(full_episodes):
     """A loop of Gymnasium's. An agent that goes on with its last code lets the pole fall."""
     path, means = repository_agent(), {}
     for adapts in (True, False):
