@@ -213,7 +213,8 @@ def registered(monkeypatch):
     registry = gymnasium.envs.registration.registry.copy()
     monkeypatch.setattr(gymnasium.envs.registration, "registry", registry)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    yield
+    sys.modules.pop("my_module", None)
 
 
 # ---- Files of a run -----------------------------------------------------------------------------
