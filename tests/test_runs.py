@@ -1192,29 +1192,23 @@ def test_a_policy_of_a_method_that_must_be_told_is_refused(short_episodes, tmp_p
         dmash.Policy.load(folder)
 
 
-def repository_agent():
-    for place in ("agent", "quick_fresh"):
-        for path in (ROOT / "results" / place).glob("**/policy.pt"):
-            if path.parent.name.startswith("cartpole_inv__dma_star_sh__quick"):
-                return path
-    pytest.skip("results/ has no agent")
+AGENT = ROOT / "results/agent/policy.pt"
 
 
 def test_the_agent_in_the_repository_knows_both_wirings(full_episodes):
     """Beyond the train range of lengths, too."""
-    path = repository_agent()
-    cfg, agent = dmash.load_policy(path)
+    cfg, agent = dmash.load_policy(AGENT)
     contexts = [{"length": x, "action_factor": f} for x in (0.4, 1.0) for f in (1, -1)]
     returns, _ = dmash.evaluate(agent, cfg, contexts)
-    assert path.stat().st_size < 5e6
+    assert AGENT.stat().st_size < 5e6
     assert returns.min() > 800, returns
 
 
 def test_a_pole_stays_up_when_the_motor_flips(full_episodes):
     """A loop of Gymnasium's. An agent that goes on with its last code lets the pole fall."""
-    path, means = repository_agent(), {}
+    means = {}
     for adapts in (True, False):
-        policy = dmash.Policy.load(path)
+        policy = dmash.Policy.load(AGENT)
         env = gymnasium.make("aib_envs:aib/cartpole_inv-v0")
         s, _ = env.reset(seed=1)
         rewards = []
