@@ -357,7 +357,7 @@ def test_version(tmp_path, monkeypatch, capsys):
     assert dmash.code_version()[:12] != alone
     with pytest.raises(SystemExit):
         dmash.main(["--version"])
-    assert capsys.readouterr().out == f"{dmash.code_version()}\n"
+    assert capsys.readouterr().out == f"{dmash.__version__} {dmash.code_version()}\n"
 
 
 # ---- Exact resume -------------------------------------------------------------------------------
