@@ -921,7 +921,8 @@ class Run:
     def train(self):
         """Trains until the evaluation after `cfg.steps`, or until a signal, and saves."""
         cfg = self.cfg
-        print(f"{self.folder}: step {self.step:,} of {cfg.steps:,}; threads: {cfg.threads}")
+        start = f"{self.folder}: step {self.step:,} of {cfg.steps:,}; threads: {cfg.threads}"
+        print(start, flush=True)
         try:
             with handle_signals(self.on_signal), contextlib.suppress(Stopped):
                 if self.step == 0:
@@ -1135,12 +1136,12 @@ def summary(row, steps):
 
 
 def progress(what, done, total, note):
-    """Yields once for each step to do. Shows tqdm's bar or, without tqdm, a line every 30 seconds.
+    """Yields once for each step to do, and shows how far it is, with `note()` added.
 
-    `note()` is added to it.
+    On a terminal it shows tqdm's bar. In a log, or without tqdm, a line comes every 30 seconds.
     """
-    if tqdm is not None:
-        bar = tqdm(range(done, total), what, total, initial=done, disable=None)
+    if tqdm is not None and sys.stderr.isatty():
+        bar = tqdm(range(done, total), what, total, initial=done)
         for i in bar:
             yield
             if i % 100 == 0:
@@ -1282,7 +1283,10 @@ class Policy:
         return cls(*load_policy(path, device))
 
     def reset(self, forget: bool = True) -> None:
-        """A new episode begins. `forget`: in another context, so that the window is emptied."""
+        """A new episode begins. `forget`: in another context, so that the window is emptied.
+
+        A window that is kept lacks the last transition, whose end `act` never saw.
+        """
         self.last: list[torch.Tensor] = []  # the last observation and action
         if forget:
             self.window: Replay | None = None
