@@ -885,8 +885,8 @@ def without_weight(state):
 DAMAGED_POLICIES = [
     (lambda state: [1], ""),
     (lambda state: state | {"agent": {}}, "weight g.embed.weight is missing, or unknown"),
-    (with_weight, "weight g.attention.weight is missing, or unknown to this version"),
-    (without_weight, "weight pi.head.bias is missing, or unknown to this version"),
+    (with_weight, "its weights are not those of this method"),
+    (without_weight, "its weights are not those of this method"),
     (with_settings(gamma=7), "--gamma 7: must be a number from 0 to 1"),
     (with_settings(gamme=1), "'gamme'"),
     (with_settings(env=[1]), ""),
