@@ -884,7 +884,7 @@ def without_weight(state):
 
 DAMAGED_POLICIES = [
     (lambda state: [1], ""),
-    (lambda state: state | {"agent": {}}, "weight g.embed.weight is missing, or unknown"),
+    (lambda state: state | {"agent": {}}, "its weights are not those"),
     (with_weight, "its weights are not those of this method"),
     (without_weight, "its weights are not those of this method"),
     (with_settings(gamma=7), "--gamma 7: must be a number from 0 to 1"),
