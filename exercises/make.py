@@ -2,7 +2,8 @@
 
     python exercises/make.py stub adapter critic_loss --out homework
     python exercises/make.py bug random --out hunt
-    python exercises/make.py mark class/* --tasks adapter critic_loss bug
+    python exercises/make.py mark class/*/homework --tasks adapter critic_loss
+    python exercises/make.py mark class/*/hunt --tasks bug
 
 README.md, beside this file, says what the exercises are. Marking takes about five seconds for each
 task of each folder.
