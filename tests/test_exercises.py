@@ -32,10 +32,40 @@ WALK = BLOCK.findall(GRADE_1)
 AGENT = ROOT / "results" / "agent"
 
 
+EVERY_TEST = sorted({test for tests in make.TASKS.values() for test in tests})
+EMPTY = make.stub(SOUND, "adapter")
+CHEATS = {
+    "leaves": "os._exit(0)",
+    "skips": "__import__('pytest').skip()",
+    "ends the session": "__import__('pytest').exit('enough', returncode=0)",
+    "crashes": "ctypes.string_at(0)",
+}
+
+
+def cheat(line):
+    """A dmash.py whose `adapter` does this."""
+    return EMPTY.replace("raise NotImplementedError", line)
+
+
 @pytest.fixture(scope="module")
-def pool():
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
+def jobs(tmp_path_factory):
+    """What runs beside the tests, the longest first: the walk, and the cases that pass on …"""
+    pool, jobs = ThreadPoolExecutor(2), {}
+    if AGENT.is_dir():
+        folder = tmp_path_factory.mktemp("walk") / "repository"
+        jobs["walk"] = pool.submit(run_walk, folder)
+    jobs["sound"] = pool.submit(make.passing, SOUND, EVERY_TEST)
+    for name, tests in make.STUBS.items():
+        jobs[f"stub {name}"] = pool.submit(make.passing, make.stub(SOUND, name), tests)
+    for name, bug in make.BUGS.items():
+        jobs[f"bug {name}"] = pool.submit(make.passing, make.plant(SOUND, bug), [bug.test])
+    [test] = make.STUBS["adapter"]
+    for name, line in CHEATS.items():
+        jobs[f"cheat {name}"] = pool.submit(make.passing, cheat(line), [test])
+    at_once = "import os\nos._exit(0)\n"
+    jobs["cheat at once"] = pool.submit(make.passing, at_once, [test])
+    yield jobs
+    pool.shutdown(cancel_futures=True)
 
 
 # ---- Grade 1: each output on the page comes from the lines above it -----------------------------
@@ -106,15 +136,9 @@ def run_walk(folder):
     return printed | dict(zip(python, outputs))
 
 
-@pytest.fixture(scope="module")
-def walk(pool, tmp_path_factory):
-    if not AGENT.is_dir():
-        pytest.skip("results/agent is not here")
-    return pool.submit(run_walk, tmp_path_factory.mktemp("walk") / "repository")
-
-
-def test_each_output_of_the_page_comes_from_the_lines_above_it(walk):
-    printed, compared = walk.result(), 0
+@pytest.mark.skipif(not AGENT.is_dir(), reason="results/agent is not here")
+def test_each_output_of_the_page_comes_from_the_lines_above_it(jobs):
+    printed, compared = jobs["walk"].result(), 0
     for (above, code), (language, shown) in zip(WALK, WALK[1:]):
         if language == "text":
             assert same(shown, printed[code]), f"{code}\nprints\n{printed[code]}"
@@ -140,19 +164,6 @@ def test_each_step_of_the_walk_is_a_command_or_at_most_six_lines():
 
 # ---- Grade 2: stubs, bugs -----------------------------------------------------------------------
 
-EVERY_TEST = sorted({test for tests in make.TASKS.values() for test in tests})
-
-
-@pytest.fixture(scope="module")
-def passing(pool):
-    """For each stub, bug and the sound code: the cases that pass."""
-    jobs = {"sound": pool.submit(make.passing, SOUND, EVERY_TEST)}
-    for name, tests in make.STUBS.items():
-        jobs[name] = pool.submit(make.passing, make.stub(SOUND, name), tests)
-    for name, bug in make.BUGS.items():
-        jobs[name] = pool.submit(make.passing, make.plant(SOUND, bug), [bug.test])
-    return jobs
-
 
 @pytest.fixture(scope="module")
 def cases():
@@ -164,14 +175,14 @@ def cases():
     return of_test
 
 
-def test_every_task_is_passed_by_the_sound_code(passing, cases):
-    assert passing["sound"].result() == set().union(*cases.values())
+def test_every_task_is_passed_by_the_sound_code(jobs, cases):
+    assert jobs["sound"].result() == set().union(*cases.values())
 
 
 @pytest.mark.parametrize("name", make.STUBS)
-def test_a_stub_fails_every_test_of_its_task(name, passing, cases):
+def test_a_stub_fails_every_test_of_its_task(name, jobs, cases):
     assert all(cases[test] for test in make.STUBS[name])
-    assert passing[name].result() == set()
+    assert jobs[f"stub {name}"].result() == set()
 
 
 def functions(source):
@@ -206,8 +217,8 @@ def test_a_stub_keeps_signature_and_docstring_and_all_other_functions(task):
 
 
 @pytest.mark.parametrize("name", make.BUGS)
-def test_a_bug_is_noticed_by_its_test(name, passing, cases):
-    assert passing[name].result() < cases[make.BUGS[name].test]
+def test_a_bug_is_noticed_by_its_test(name, jobs, cases):
+    assert jobs[f"bug {name}"].result() < cases[make.BUGS[name].test]
 
 
 @pytest.mark.parametrize("name", make.BUGS)
@@ -278,45 +289,21 @@ def test_bugs_are_handed_out_without_their_names_and_without_tests(tmp_path):
 
 
 FILES = ["aib_envs.py", "dmash.py", "point.py"]
-EMPTY = make.stub(SOUND, "adapter")
-CHEATS = {
-    "leaves": "os._exit(0)",
-    "exits": "sys.exit(0)",
-    "skips": "__import__('pytest').skip()",
-    "ends the session": "__import__('pytest').exit('enough', returncode=0)",
-    "crashes": "ctypes.string_at(0)",
-    "leaves a child behind": "os.fork() or time.sleep(1000)",
-}
-
-
-def cheat(line):
-    """A dmash.py whose `adapter` does this."""
-    return EMPTY.replace("raise NotImplementedError", line)
-
-
-@pytest.fixture(scope="module")
-def cheated(pool):
-    [test] = make.STUBS["adapter"]
-    jobs = {}
-    for name, line in CHEATS.items():
-        jobs[name] = pool.submit(make.passing, cheat(line), [test])
-    jobs["at once"] = pool.submit(make.passing, "import os\nos._exit(0)\n", [test])
-    return jobs
 
 
 @pytest.mark.parametrize("name", [*CHEATS, "at once"])
-def test_code_that_avoids_the_tests_passes_none(name, cheated):
-    assert cheated[name].result() == set()
+def test_code_that_avoids_the_tests_passes_none(name, jobs):
+    assert jobs[f"cheat {name}"].result() == set()
 
 
 def test_an_endless_loop_is_stopped_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(make, "TIME_LIMIT", 15)
+    monkeypatch.setattr(make, "TIME_LIMIT", 8)
     beat = tmp_path / "beat"
     child = f"while sleep 0.2; do touch {shlex.quote(str(beat))}; done"
     source = f"import subprocess\nsubprocess.Popen({child!r}, shell=True)\nwhile True:\n    pass\n"
     begin = time.perf_counter()
     assert make.passing(source, make.STUBS["adapter"]) == set()
-    assert time.perf_counter() - begin < 25
+    assert time.perf_counter() - begin < 40
     beat.unlink(missing_ok=True)
     time.sleep(1)
     assert not beat.exists()
@@ -339,6 +326,20 @@ def test_one_task_is_marked_without_the_others():
     assert make.transplant("import os\nos._exit(0)\n" + SOUND, "Actor.sample") == SOUND
 
 
+def test_a_repaired_bug_is_marked_as_a_whole_file(tmp_path, monkeypatch):
+    seen = []
+
+    def passing(source, tests):
+        seen.append((source, tests))
+        return {"one", "two"}
+
+    monkeypatch.setattr(make, "passing", passing)
+    (tmp_path / "dmash.py").write_text("anything", encoding="utf8")
+    assert make.mark(tmp_path, "bug", {"one", "two", "three"}) == 2
+    assert seen == [("anything", make.TASKS["bug"])]
+    assert make.TASKS["bug"] == sorted({bug.test for bug in make.BUGS.values()})
+
+
 def test_a_class_is_marked_by_the_tests_of_the_teacher(tmp_path):
     """One right, one wrong, and one that edits its tests and leaves with status 0."""
     for name, source in (("ann", SOUND), ("bob", EMPTY), ("eve", cheat("os._exit(0)"))):
@@ -353,12 +354,11 @@ def test_a_class_is_marked_by_the_tests_of_the_teacher(tmp_path):
         [str(folders[1]), "adapter", "0 of 2", "0"],
         [str(folders[2]), "adapter", "0 of 2", "0"],
     ]
-    done = command("mark", folders[0], "--tasks", "adapter", "bug")
+    done = command("mark", folders[0], "--tasks", "adapter")
     assert done.returncode == 0
-    header, adapter, bug = [line.split() for line in done.stdout.splitlines()]
+    header, adapter = [line.split() for line in done.stdout.splitlines()]
     assert header == ["folder", "task", "passed", "points"]
     assert adapter == [str(folders[0]), "adapter", "2", "of", "2", "1"]
-    assert (bug[1], bug[-1]) == ("bug", "1")
 
 
 # ---- Grade 3 ------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_the_commands_of_the_page_are_those_of_the_programs(tmp_path, monkeypatc
     commands = re.findall(r"^python (\S+) ((?:.*\\\n)*.*)$", GRADES_2_3, re.M)
     assert len(commands) >= 8
     for program, text in commands:
-        words = shlex.split(text.replace("$k", "8"), comments=True)
+        words = shlex.split(text.replace("\\\n", " ").replace("$k", "8"), comments=True)
         if program == "dmash.py":
             given = vars(dmash.build_parser().parse_args(words))
             assert dmash.Config(**given).env == given["env"]
