@@ -1,6 +1,9 @@
 """The Actuator Inversion Benchmark (AIB): environments whose hidden context may reverse actuators.
 
-A context is fixed during an episode. It changes the dynamics only, and the agent never observes it.
+These are the environments of *Dynamics-Aligned Shared Hypernetworks for Contextual RL under
+Discontinuous Shifts* (arXiv 2602.06550), "the paper" below. dmash.py trains the paper's agent on
+them. This file does not need it. A context is fixed during an episode. It changes the dynamics
+only, and the agent never observes it.
 
     env = make("cartpole_inv", length=0.7, action_factor=-1)  # one gymnasium.Env
     sets = context_sets("cartpole_inv")                       # {"train": [{...}, ...], ...}
@@ -8,45 +11,70 @@ A context is fixed during an episode. It changes the dynamics only, and the agen
     gymnasium.make("aib_envs:aib/cartpole_inv-v0", length=0.7, action_factor=-1)
     gymnasium.make_vec("aib_envs:aib/cartpole_inv-v0", num_envs=20, contexts="train")
 
-The environments (K: transitions in a window; steps: gradient steps of a run; both as in the paper):
+Three kinds of environments, by what one policy that ignores the context can reach:
+- overlapping: such a policy does well in every context;
+- non-overlapping: what is right in one context is wrong in another, so no such policy does well;
+- weakly non-overlapping: no such policy does well everywhere, but similar contexts share actions.
 
-id                paper           kind                      T   K  steps  contexts
-di_inv            DI              non-overlapping         100  24 100000  mass, action_factor
-di_friction       DI-Friction     overlapping             100  24 100000  mass, friction
-di_perm           DI-Perm         non-overlapping         100  24 100000  mass, swap
-ode               ODE             weakly non-overlapping  200  24 100000  c0, c1
-cartpole_inv      Cartpole        non-overlapping        1000 128 100000  length, action_factor
-cheetah_inv       Cheetah         non-overlapping        1000 128 200000  length, action_factor
-reacher_easy_inv  Reacher(E)      non-overlapping        1000 128 200000  length, action_factor
-reacher_hard_inv  Reacher(H)      non-overlapping        1000 128 200000  length, action_factor
-reacher_hard_perm Reacher(H)-Perm non-overlapping        1000 128 200000  length, swap
-ball_in_cup       BallInCup       overlapping            1000 128 200000  gravity, distance
-walker            Walker          overlapping            1000 128 200000  gravity, actuator_strength
-walker_gym        WalkerGym       overlapping            1000 128 500000  gravity, actuator_strength
-hopper_gym        HopperGym       overlapping            1000 128 500000  gravity, actuator_strength
-di_signs          -               non-overlapping         100  24 100000  mass, sign_x, sign_y
-ode_1 ... ode_20 are as ode, with the contexts c0 ... c(k-1) in ode_k.
+T is the horizon, in steps. The agent infers the context from a window of its last K transitions.
+A run of dmash.py makes `steps` gradient steps. K and `steps` are the paper's.
 
-context           first in        default  train         extrapolation (None: two values)
-mass              di_inv              1.0  (0.5, 1.5)    (0.1, 2.0)
-action_factor     di_inv              1.0  (-1.0, 1.0)   None
-friction          di_friction         1.0  (0.5, 1.5)    (0.1, 2.0)
-swap              di_perm             0.0  (0.0, 1.0)    None
-c0                ode                 0.0  (-5.0, 5.0)   (-10.0, 10.0)
-c1                ode                 0.0  (-5.0, 5.0)   (-10.0, 10.0)
-length            cartpole_inv        0.5  (0.3, 0.85)   (0.1, 2.0)
-length            cheetah_inv         1.0  (0.8, 1.2)    (0.4, 1.6)
-gravity           ball_in_cup        9.81  (8.0, 12.0)   (1.0, 20.0)
-distance          ball_in_cup         0.3  (0.24, 0.36)  (0.1, 0.5)
-gravity           walker             9.81  (4.91, 14.71) (0.98, 19.62)
-actuator_strength walker              1.0  (0.5, 1.5)    (0.1, 2.0)
-sign_x            di_signs            1.0  (-1.0, 1.0)   None
-sign_y            di_signs            1.0  (-1.0, 1.0)   None
+id                contexts                  T kind                     K  steps paper
+di_inv            mass, action_factor     100 non-overlapping         24 100000 DI
+di_friction       mass, friction          100 overlapping             24 100000 DI-Friction
+di_perm           mass, swap              100 non-overlapping         24 100000 DI-Perm
+ode               c0, c1                  200 weakly non-overlapping  24 100000 ODE
+cartpole_inv      length, action_factor  1000 non-overlapping        128 100000 Cartpole
+cheetah_inv       length, action_factor  1000 non-overlapping        128 200000 Cheetah
+reacher_easy_inv  length, action_factor  1000 non-overlapping        128 200000 Reacher(E)
+reacher_hard_inv  length, action_factor  1000 non-overlapping        128 200000 Reacher(H)
+reacher_hard_perm length, swap           1000 non-overlapping        128 200000 Reacher(H)-Perm
+ball_in_cup       gravity, distance      1000 overlapping            128 200000 BallInCup
+walker            gravity, actuator_strength 1000 overlapping        128 200000 Walker
+walker_gym        gravity, actuator_strength 1000 overlapping        128 500000 WalkerGym
+hopper_gym        gravity, actuator_strength 1000 overlapping        128 500000 HopperGym
+di_signs          mass, sign_x, sign_y    100 non-overlapping         24 100000 -
+ode_1 ... ode_20 are as ode, with the contexts c0 ... c(k-1) in ode_k; the paper has ODE-k.
+di_signs is not in the paper. There, a pair of signs may be new although each sign was trained.
 
-The file in its order: the contexts, the table, the context sets; then `Task`, of which every
-environment is a subclass, written once for N instances side by side; then the tasks; then their
-views for Gymnasium (`ContextualEnv`, `ContextualVectorEnv`), for training (`VectorEnv`), and the
-wrappers; last, `register` and the checks of all values that come from outside.
+A context without an extrapolation range is binary: the two values of `train` are in every set.
+
+context           first in       default train         extrapolation  unit
+mass              di_inv             1.0 (0.5, 1.5)    (0.1, 2.0)     kg
+action_factor     di_inv             1.0 (-1.0, 1.0)   None           multiplies every action
+friction          di_friction        1.0 (0.5, 1.5)    (0.1, 2.0)     kg/s
+swap              di_perm            0.0 (0.0, 1.0)    None           1: exchanges two actuators
+c0                ode                0.0 (-5.0, 5.0)   (-10.0, 10.0)  -
+c1                ode                0.0 (-5.0, 5.0)   (-10.0, 10.0)  -
+length            cartpole_inv       0.5 (0.3, 0.85)   (0.1, 2.0)     m, half the pole
+length            cheetah_inv        1.0 (0.8, 1.2)    (0.4, 1.6)     multiplies the limbs
+gravity           ball_in_cup       9.81 (8.0, 12.0)   (1.0, 20.0)    m/s²
+distance          ball_in_cup        0.3 (0.24, 0.36)  (0.1, 0.5)     m, length of the string
+gravity           walker            9.81 (4.91, 14.71) (0.98, 19.62)  m/s²
+actuator_strength walker             1.0 (0.5, 1.5)    (0.1, 2.0)     multiplies the gears
+sign_x            di_signs           1.0 (-1.0, 1.0)   None           multiplies the first action
+sign_y            di_signs           1.0 (-1.0, 1.0)   None           multiplies the second action
+
+To add an environment, write a subclass of `Task` in a module, say my_module.py, and register it:
+
+    class Sliders(aib_envs.Task):                  # DoubleIntegrator is a short example
+        d_s, d_a, state_size, dt = 6, 3, 6, 0.05
+        multiplies = aib_envs.Task.multiplies | {"sign_z": [2]}
+        ...                                        # the abstract methods of Task
+
+    GAIN = aib_envs.ContextDim("gain", 1.0, (0.5, 1.5), (0.1, 2.0))
+    SIGN_Z = aib_envs.ContextDim("sign_z", 1.0, (-1.0, 1.0))
+    aib_envs.register("sliders", Sliders, [GAIN, SIGN_Z], 200, "non-overlapping")
+
+`python dmash.py --env my_module:sliders` trains on it. A context acts in one of three ways:
+- `advance` reads self.c["gain"], an array with one value per instance;
+- a `MujocoTask` writes it into its model, in `xml` or `model`;
+- `multiplies` names the actuators whose action it multiplies, as for the new sign above.
+
+The file in its order: the contexts and the context sets; `Task`, the base class, which steps N
+instances together; the tasks; the classes that show a task to others, which are `ContextualEnv`
+(one gymnasium.Env), `VectorEnv` (for training) and `ContextualVectorEnv` (VectorEnv by Gymnasium's
+rules); the wrappers; `register`, the checks of values from outside, and the table as calls.
 """
 
 import copy
@@ -58,6 +86,7 @@ import itertools
 import math
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
@@ -77,40 +106,38 @@ class ContextDim(NamedTuple):
     """One context dimension.
 
     A dimension without an extrapolation range is binary: both values of `train` are in every set.
+    The last three fields limit which values are accepted at all.
     """
 
     name: str
     default: float
     train: tuple[float, float]
     extrapolation: tuple[float, float] | None = None
-    positive: bool = False  # Values at or below zero are physically impossible.
-    below: float = inf  # Values from here on are impossible too, if it is positive.
-    only: tuple[float, ...] | None = None  # No other values mean anything.
+    positive: bool = False  # True: a value must be above 0 and below `below`.
+    below: float = inf
+    only: tuple[float, ...] | None = None  # The accepted values, where there are few.
 
     @property
     def binary(self):
         return self.extrapolation is None
 
-    def distance(self, value):
-        """The distance from the middle of the train range, which is 1 at its ends."""
-        low, high = self.train
-        return abs(2 * value - low - high) / (high - low)
 
-
-MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), positive=True)  # kg
-FRICTION = ContextDim("friction", 1.0, (0.5, 1.5), (0.1, 2.0))  # kg/s
-# The action factor multiplies the action, so that -1 inverts every actuator.
+# A negative friction drives, a negative gravity lifts and a negative strength inverts. All three
+# can be simulated, so they are accepted. A mass or a length of 0 or less cannot.
+MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), positive=True)
+FRICTION = ContextDim("friction", 1.0, (0.5, 1.5), (0.1, 2.0))
 ACTION_FACTOR = ContextDim("action_factor", 1.0, (-1.0, 1.0))
-SIGN_X = ContextDim("sign_x", 1.0, (-1.0, 1.0))  # multiplies the first action
-SIGN_Y = ContextDim("sign_y", 1.0, (-1.0, 1.0))  # multiplies the second action
-SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))  # 1 exchanges the first two actuators
-POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), positive=True)  # half the pole, m
-SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), positive=True)  # multiplies limbs
-CUP_GRAVITY = ContextDim("gravity", 9.81, (8.0, 12.0), (1.0, 20.0))  # m/s²
-# The string, in m, is shorter than the way from the cup to the ground.
+SIGN_X = ContextDim("sign_x", 1.0, (-1.0, 1.0))
+SIGN_Y = ContextDim("sign_y", 1.0, (-1.0, 1.0))
+SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))
+POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), positive=True)
+SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), positive=True)
+CUP_GRAVITY = ContextDim("gravity", 9.81, (8.0, 12.0), (1.0, 20.0))
+# The ball starts at most 1 m minus the string above the ground. With 0.975 m, every start would
+# touch the ground, and `BallInCup.initial_state` would search forever.
 STRING = ContextDim("distance", 0.3, (0.24, 0.36), (0.1, 0.5), positive=True, below=0.9)
-GRAVITY = ContextDim("gravity", 9.81, (4.91, 14.71), (0.98, 19.62))  # m/s²
-STRENGTH = ContextDim("actuator_strength", 1.0, (0.5, 1.5), (0.1, 2.0))  # multiplies the gears
+GRAVITY = ContextDim("gravity", 9.81, (4.91, 14.71), (0.98, 19.62))
+STRENGTH = ContextDim("actuator_strength", 1.0, (0.5, 1.5), (0.1, 2.0))
 
 
 def coefficients(k):
@@ -118,53 +145,26 @@ def coefficients(k):
     return [ContextDim(f"c{i}", 0.0, (-5.0, 5.0), (-10.0, 10.0)) for i in range(k)]
 
 
-C0, C1 = coefficients(2)
-
 Contexts = str | Sequence[dict[str, float]]  # the name of a set, or contexts
 
-
-# --------------------------------------------------------------------------------------------------
-# The table of environments
-# --------------------------------------------------------------------------------------------------
-
-# Overlapping: one policy that ignores the context does well in every context.
 NON, WEAK, OVER = "non-overlapping", "weakly non-overlapping", "overlapping"
 
 
 @dataclasses.dataclass(frozen=True)
 class EnvSpec:
-    """One row of the table."""
+    """One row of the table of environments."""
 
     cls: type
     context: tuple[ContextDim, ...]
-    horizon: int  # steps of an episode
+    horizon: int  # T, steps of an episode
     kind: str
-    K: int = 24  # past transitions in a window
+    K: int = 24  # transitions in a window
     steps: int = 100_000  # gradient steps of a run
     paper_name: str = "-"
     module: str = "aib_envs"  # where it is registered
 
 
-ENVS: dict[str, EnvSpec] = {}  # filled by `register`, at the end of this file
-
-# id, class of the task, contexts, horizon, K, steps, name in the paper, kind.
-# di_signs is not in the paper. With two signs, a pair of them can be new where each is known.
-TABLE = """
-di_inv            DoubleIntegrator MASS,ACTION_FACTOR         100  24 100_000 DI              NON
-di_friction       DoubleIntegrator MASS,FRICTION              100  24 100_000 DI-Friction     OVER
-di_perm           DoubleIntegrator MASS,SWAP                  100  24 100_000 DI-Perm         NON
-ode               ODE              C0,C1                      200  24 100_000 ODE             WEAK
-cartpole_inv      Cartpole         POLE_LENGTH,ACTION_FACTOR 1000 128 100_000 Cartpole        NON
-cheetah_inv       Cheetah          SCALE,ACTION_FACTOR       1000 128 200_000 Cheetah         NON
-reacher_easy_inv  Reacher          SCALE,ACTION_FACTOR       1000 128 200_000 Reacher(E)      NON
-reacher_hard_inv  HardReacher      SCALE,ACTION_FACTOR       1000 128 200_000 Reacher(H)      NON
-reacher_hard_perm HardReacher      SCALE,SWAP                1000 128 200_000 Reacher(H)-Perm NON
-ball_in_cup       BallInCup        CUP_GRAVITY,STRING        1000 128 200_000 BallInCup       OVER
-walker            Walker           GRAVITY,STRENGTH          1000 128 200_000 Walker          OVER
-walker_gym        WalkerGym        GRAVITY,STRENGTH          1000 128 500_000 WalkerGym       OVER
-hopper_gym        HopperGym        GRAVITY,STRENGTH          1000 128 500_000 HopperGym       OVER
-di_signs          DoubleIntegrator MASS,SIGN_X,SIGN_Y         100  24 100_000 -               NON
-"""
+ENVS: dict[str, EnvSpec] = {}  # `register` fills it, at the end of this file.
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,12 +173,17 @@ di_signs          DoubleIntegrator MASS,SIGN_X,SIGN_Y         100  24 100_000 - 
 
 
 def context_sets(env_id: str, n: int = 20, seed: int = 0) -> dict[str, list[dict[str, float]]]:
-    """The three pairwise disjoint context sets, each a list of `n` contexts.
+    """The three context sets, each a list of `n` contexts.
 
-    A continuous dimension has 50 values in each set, as `set_values` says. With one or two
-    continuous dimensions, a set takes `n` evenly spaced entries of their sorted mesh. With more,
-    it takes `n` random entries, by a generator seeded with `seed`. An `n` above the size of the
-    mesh repeats contexts. Binary values, and the combinations of several, take turns.
+    A continuous dimension has 50 values in each set, as `set_values` says. The mesh is the list of
+    all their combinations, the last dimension changing fastest. With one or two continuous
+    dimensions, a set takes `n` evenly spaced entries of the mesh. With more, it takes `n` random
+    entries, by a generator seeded with `seed`. An `n` above the size of the mesh repeats contexts.
+
+    The binary values take turns. The 20 contexts of the paper are an exception: with one binary
+    dimension it belongs to the mesh, and its two values occur 11 and 9 times.
+
+    No context is in two sets, unless all dimensions are binary.
 
     Returns {"train": [...], "eval_in": [...], "eval_out": [...]}. An unknown id, or an `n` that is
     no whole number of at least 1, is a ValueError.
@@ -209,25 +214,26 @@ def set_values(dim, name):
 
 
 def context_set(dims, name, n, rng):
+    """One set: `n` entries of the mesh, each with one combination of the binary values."""
     continuous = [dim for dim in dims if not dim.binary]
     binary = [dim for dim in dims if dim.binary]
     axes = [set_values(dim, name) for dim in continuous]
     combinations = list(itertools.product(*(dim.train for dim in binary)))
-    turns = np.arange(n)
+    turns = np.arange(n)  # Context i has the combination number turns[i], counted round.
     if len(continuous) > 2:
-        rows = list(zip(*[rng.choice(axis, n) for axis in axes]))
+        entries = list(zip(*[rng.choice(axis, n) for axis in axes]))
     else:
         mesh = list(itertools.product(*axes))
-        # Every entry of the mesh stands there once for each combination of binary values.
-        entries = np.linspace(0, len(mesh) * len(combinations) - 1, n).astype(int)
-        rows = [mesh[entry // len(combinations)] for entry in entries]
-        # The published sets, of 20, take the binary value of the entry too, so that the two values
-        # stand 11 to 9. With another n that rule may take one value only, so there they take turns.
+        # Places in the mesh with the binary values as its last dimensions.
+        places = np.linspace(0, len(mesh) * len(combinations) - 1, n).astype(int)
+        entries = [mesh[place // len(combinations)] for place in places]
+        # Here the binary value of the place is taken, as in the paper. With another n, all places
+        # may have the same one.
         if continuous and n == 20 and len(combinations) == 2:
-            turns = entries
+            turns = places
     contexts = []
-    for row, turn in zip(rows, turns):
-        values = dict(zip(continuous + binary, row + combinations[turn % len(combinations)]))
+    for entry, turn in zip(entries, turns):
+        values = dict(zip(continuous + binary, entry + combinations[turn % len(combinations)]))
         contexts.append({dim.name: float(values[dim]) for dim in dims})
     return contexts
 
@@ -237,21 +243,50 @@ def context_set(dims, name, n, rng):
 # --------------------------------------------------------------------------------------------------
 
 
-class Task:
+class Task(ABC):
     """N instances of an environment, one per context, stepped together.
 
-    Arrays have one row per instance. A subclass gives the sizes and `dt` below, and defines, in
-    this order: its model (`build`), measurements, `initial_state`, `set_state`, `state`, `advance`,
-    `observation`, `reward`, `picture`.
+    Arrays have one row per instance, unless a method takes the number i of one instance.
+    A subclass gives the sizes and `dt`, and defines the abstract methods.
     """
 
     d_s: int  # size of an observation
     d_a: int  # number of actuators
     state_size: int  # size of the physical state
-    dt: Any  # s, the time of a step
+    dt: Any  # s, the time of a step: a number, or a property that gives one
     high: Any = inf  # the largest observation: a number, or one per element
     low: Any = None  # the smallest one; None: the negative of the largest
     target_size = 0  # size of a target that `reset` of the environment may set
+    # The actuators whose action a context dimension multiplies; -1 inverts them.
+    multiplies: dict[str, Any] = {"action_factor": slice(None), "sign_x": [0], "sign_y": [1]}
+
+    @abstractmethod
+    def initial_state(self, i, rng):
+        """A random state for instance i to start from, (state_size,), by the Generator `rng`."""
+
+    @abstractmethod
+    def set_state(self, state):
+        """Takes over the physical state of all instances, (N, state_size)."""
+
+    @abstractmethod
+    def state(self):
+        """The physical state, (N, state_size), in an array of its own."""
+
+    @abstractmethod
+    def advance(self, actions):
+        """One step of the dynamics. `actions` (N, d_a) are what the actuators get, in [-1, 1]."""
+
+    def observation(self):
+        """What the agent sees, (N, d_s): the physical state, if a subclass says nothing else."""
+        return self.state()
+
+    @abstractmethod
+    def reward(self):
+        """The rewards of the last step, (N,)."""
+
+    @abstractmethod
+    def picture(self, i):
+        """What `draw` draws of instance i: a View and a list of Shapes."""
 
     def __init__(self, contexts):
         self.contexts = [dict(context) for context in contexts]
@@ -259,25 +294,22 @@ class Task:
         self.build()
 
     def build(self):
-        """Makes everything that depends on the contexts, always from nominal values."""
-        self.c = {}
+        """Makes everything that depends on the contexts: here `c` and `signs`."""
+        self.c = {}  # The values of each context dimension, (N,), by its name.
+        self.signs = np.ones((self.N, self.d_a))
         for name in self.contexts[0]:
             self.c[name] = np.array([context[name] for context in self.contexts])
-        self.signs = np.ones((self.N, self.d_a))
-        if "action_factor" in self.c:
-            self.signs *= self.c["action_factor"][:, None]
-        if "sign_x" in self.c:
-            self.signs[:, 0] *= self.c["sign_x"]
-        if "sign_y" in self.c:
-            self.signs[:, 1] *= self.c["sign_y"]
+            if name in self.multiplies:
+                self.signs[:, self.multiplies[name]] *= self.c[name][:, None]
 
     def with_contexts(self, contexts):
-        """This task in other contexts, which still needs a state. This one stays as it is.
+        """A copy of this task in other contexts. It needs a state; this task does not change.
 
         A context that cannot be built is a ValueError.
         """
         other = copy.copy(self)
-        Task.__init__(other, contexts)  # A subclass's own would forget the reacher's target.
+        # Not __init__ of the subclass: the copy keeps what does not depend on the contexts.
+        Task.__init__(other, contexts)
         return other
 
     def spaces(self):
@@ -363,7 +395,7 @@ def draw(view, shapes, size=256):
 
 
 class DoubleIntegrator(Task):
-    """A point mass in the plane, pushed by a force, is to reach the origin and stay there.
+    """A force pushes a point mass in the plane, which must reach the origin and stay there.
 
     | index | observation, which is also the state | unit |
     |---|---|---|
@@ -402,8 +434,6 @@ class DoubleIntegrator(Task):
         self.p = np.clip(self.p + self.dt * self.v, -1, 1)
         self.v = np.clip(self.v * keep + self.dt * actions / mass, -1, 1)
 
-    observation = state
-
     def reward(self):
         return (np.linalg.norm(self.p, axis=-1) <= self.GOAL_RADIUS).astype(float)
 
@@ -415,15 +445,15 @@ class DoubleIntegrator(Task):
 
 
 class ODE(Task):
-    """A scalar x is driven by Re(c_0 a + c_1 a² + ...), and is to be held at 0.
+    """dx/dt = Re(c_0 a + c_1 a² + ... + c_{k-1} a^k): hold the scalar x at 0.
 
     | index | observation, which is also the state | unit |
     |---|---|---|
     | 0 | x, clipped to [-20, 20] | – |
 
     Action: real and imaginary part of a complex number a, each in [-1, 1].
-    Reward: in [0, 1], by |x|: below 0.05 it is 1, below 0.1 1/2, below 0.2 1/3, below 0.5 1/4,
-    below 2 0.05, else 0. Start: uniform in [-1, 1]. Context: c0, c1, ..., without a unit.
+    Reward: by |x|, as TIERS says, from 1 near 0 down to 0.
+    Start: uniform in [-1, 1]. Context: c0, c1, ..., without a unit.
     """
 
     d_s = 1
@@ -431,7 +461,13 @@ class ODE(Task):
     state_size = 1
     dt = 0.01  # s
     high = 20.0
-    TIERS = {0.05: 1.0, 0.1: 1 / 2, 0.2: 1 / 3, 0.5: 1 / 4, 2.0: 0.05}  # |x| below: reward
+    TIERS = {
+        0.05: 1.0,
+        0.1: 1 / 2,
+        0.2: 1 / 3,
+        0.5: 1 / 4,
+        2.0: 0.05,
+    }  # reward if |x| is below; 0 beyond
 
     def initial_state(self, i, rng):
         return rng.uniform(-1.0, 1.0, size=1)
@@ -444,10 +480,10 @@ class ODE(Task):
 
     def advance(self, actions):
         a = actions[:, 0] + 1j * actions[:, 1]
-        slope = sum(c * a ** (k + 1) for k, c in enumerate(self.c.values())).real
-        self.x = np.clip(self.x + self.dt * slope, -20.0, 20.0)
-
-    observation = state
+        # Other contexts, such as a sign, may stand beside the coefficients.
+        powers = [k for k in range(len(self.c)) if f"c{k}" in self.c]
+        slope = sum(self.c[f"c{k}"] * a ** (k + 1) for k in powers).real
+        self.x = np.clip(self.x + self.dt * slope, -self.high, self.high)
 
     def reward(self):
         reached = [np.abs(self.x) < below for below in self.TIERS]
@@ -475,17 +511,15 @@ def near(x, margin):
 class MujocoTask(Task):
     """A task on MuJoCo models, one per context. The state is qpos, then qvel.
 
-    A subclass gives `xml(context)`, which is written from nominal values each time, and SUBSTEPS.
-    A task whose reward reads sensors sets SENSORS, because mj_step leaves them one step behind.
-    There, positions and velocities are integrated first (mj_step2), then what follows from them
-    is computed (mj_step1).
+    A subclass gives `xml(context)`, the text of its model, and SUBSTEPS, MuJoCo's steps in one.
+    `model` writes the contexts gravity and actuator_strength into every model.
     """
 
     SUBSTEPS = 1
-    SENSORS = False
     AXES = [0, 2]  # the world axes that a picture shows, to the right and up
     WIDTH = 3.0  # m, of a picture
-    # The whole state, with what the constraint solver starts from.
+    # MuJoCo's full state. Its constraint solver starts from the last solution, so that qpos and
+    # qvel alone would give other last digits.
     WHOLE = mujoco.mjtState.mjSTATE_INTEGRATION
 
     def build(self):
@@ -496,7 +530,7 @@ class MujocoTask(Task):
             reason = " ".join(str(error).split())
             raise ValueError(f"contexts {shown(self.contexts)}: {reason}") from None
         for model in self.models:
-            # Without this, a simulation that diverges would start anew, and nobody would see it.
+            # By default, MuJoCo silently resets a simulation that diverges.
             model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.datas = [mujoco.MjData(model) for model in self.models]
         self.pairs = list(zip(self.models, self.datas))
@@ -506,6 +540,13 @@ class MujocoTask(Task):
         return self.models[0].opt.timestep * self.SUBSTEPS
 
     def model(self, context):
+        model = self.compile(context)
+        if "gravity" in context:
+            model.opt.gravity[2] = -context["gravity"]
+        model.actuator_gear *= context.get("actuator_strength", 1)
+        return model
+
+    def compile(self, context):
         return mujoco.MjModel.from_xml_string(self.xml(context))
 
     def measure(self):
@@ -513,7 +554,7 @@ class MujocoTask(Task):
         self.qvel = np.array([data.qvel for data in self.datas])  # (N, nv)
 
     def speed(self):
-        """What the first sensor tells: the forward velocity of the centre of mass, m/s, (N,)."""
+        """Forward velocity of the centre of mass, m/s, (N,): the first number of the sensors."""
         return np.array([data.sensordata[0] for data in self.datas])
 
     def set_state(self, state):
@@ -537,58 +578,52 @@ class MujocoTask(Task):
     def restore(self, snapshot):
         for (model, data), row in zip(self.pairs, snapshot):
             mujoco.mj_setState(model, data, row, self.WHOLE)
+            # The sensors follow. mj_forward would run the constraint solver once more, and so
+            # change what it starts from in the next step.
             mujoco.mj_step1(model, data)
         self.measure()
 
     def advance(self, actions):
         for (model, data), action in zip(self.pairs, actions):
             data.ctrl[:] = action
-            if self.SENSORS:
-                mujoco.mj_step2(model, data)
-                if self.SUBSTEPS > 1:
-                    mujoco.mj_step(model, data, self.SUBSTEPS - 1)
+            mujoco.mj_step(model, data, self.SUBSTEPS)
+            if model.nsensor:
+                # mj_step computes the sensors before it moves; this is of the new state.
                 mujoco.mj_step1(model, data)
-            else:
-                mujoco.mj_step(model, data, self.SUBSTEPS)
         self.measure()
-
-    observation = state
 
     @staticmethod
     def random_joints(model, rng):
         """qpos with limited joints uniform in their range and unlimited hinges in [-π, π]."""
         qpos = np.zeros(model.nq)
-        for j in range(model.njnt):
-            if model.jnt_limited[j]:
-                qpos[j] = rng.uniform(*model.jnt_range[j])
-            elif model.jnt_type[j] == mujoco.mjtJoint.mjJNT_HINGE:
-                qpos[j] = rng.uniform(-np.pi, np.pi)
+        limited = model.jnt_limited == 1
+        ranges = np.where(limited[:, None], model.jnt_range, [-np.pi, np.pi])
+        drawn = limited | (model.jnt_type == mujoco.mjtJoint.mjJNT_HINGE)
+        qpos[drawn] = rng.uniform(*ranges[drawn].T)
         return qpos
 
     def picture(self, i):
         """Every geom of the model as it is now, and the ground as a line."""
         model, data = self.pairs[i]
-        mujoco.mj_kinematics(model, data)
+        mujoco.mj_kinematics(model, data)  # mj_step leaves the places of the geoms one step behind.
         shapes = []
         for g in range(model.ngeom):
-            kind = model.geom_type[g]
-            size = model.geom_size[g]
-            rotation = data.geom_xmat[g].reshape(3, 3)
-            if kind == mujoco.mjtGeom.mjGEOM_PLANE:
+            if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_PLANE:
                 shapes.append(GROUND)
                 continue
-            radius = size[0]
-            half = size[1] * rotation[:, 2]  # to the end of a capsule; 0 for a sphere
-            if kind == mujoco.mjtGeom.mjGEOM_BOX:
-                radius = size[2]
-                half = size[0] * rotation[:, 0]
-            start = (data.geom_xpos[g] - half)[self.AXES]
-            end = (data.geom_xpos[g] + half)[self.AXES]
-            shapes.append(Shape(start, end, radius, BLUE if g % 2 else RED))
+            x_axis, _, z_axis = data.geom_xmat[g].reshape(3, 3).T
+            radius, length, _ = model.geom_size[g]
+            half = length * z_axis  # from the middle to the end of a capsule; 0 for a sphere
+            if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_BOX:
+                length, _, radius = model.geom_size[g]
+                half = length * x_axis
+            middle = data.geom_xpos[g]
+            ends = (middle - half)[self.AXES], (middle + half)[self.AXES]
+            shapes.append(Shape(*ends, radius, BLUE if g % 2 else RED))
         return View(self.centre(i), self.WIDTH), shapes
 
     def centre(self, i):
-        """The middle of a picture: the body that the others hang on, at a fixed height."""
+        """The middle of a picture. It follows the root body sideways and has a fixed height."""
         return np.array([self.datas[i].xpos[1][0], 0.35 * self.WIDTH])
 
 
@@ -603,8 +638,9 @@ class Cartpole(MujocoTask):
     | 4 | velocity of θ | rad/s |
 
     State: x, θ and their velocities. Action: the force u on the cart, in units of 10 N, in [-1, 1].
-    Reward: (1 + cos θ)/2 · (1 + near(x, 2))/2 · (4 + max(0, 1 - u²))/5 · (1 + near(θ's velocity,
-    5))/2, in [0, 1]. Start: x uniform within 0.1 m, θ within 0.034 rad, velocities normal with
+    Reward, in [0, 1], where θ' is the velocity of θ:
+    (1 + cos θ)/2 · (1 + near(x, 2))/2 · (4 + max(0, 1 - u²))/5 · (1 + near(θ', 5))/2.
+    Start: x uniform within 0.1 m, θ within 0.034 rad, velocities normal with
     standard deviation 0.01. Context: length (half the pole, m; its mass stays 0.1 kg) and
     action_factor.
     """
@@ -666,8 +702,8 @@ class Reacher(MujocoTask):
 
     State: the angles and their velocities. Action: torques of shoulder and wrist, in units of
     0.05 Nm, each in [-1, 1]. Reward: 1 while the finger touches the target, else 0.
-    Start: at rest, shoulder uniform in ±π, wrist in ±160°; the target 0.05 to 0.2 m from the
-    shoulder. Context: length (scales both links, without a unit), and action_factor or swap.
+    Start: at rest, shoulder uniform in ±π rad, wrist in ±2.79 rad; the target 0.05 to 0.2 m from
+    the shoulder. Context: length (scales both links, without a unit), and action_factor or swap.
     """
 
     d_s = 6
@@ -677,6 +713,7 @@ class Reacher(MujocoTask):
     AXES = [0, 1]
     WIDTH = 0.8  # m
     LINK = 0.12  # m, from shoulder to wrist and from wrist to finger
+    HAND = 0.1  # m, the part of the second link that is a capsule; the finger is beyond it
     FINGER = 0.01  # m, its radius
     TARGET = 0.05  # m, its radius
 
@@ -699,7 +736,7 @@ class Reacher(MujocoTask):
               <geom type="capsule" fromto="0 0 0 {link} 0 0" size=".01"/>
               <joint name="shoulder"/>
               <body name="hand" pos="{link} 0 0">
-                <geom type="capsule" fromto="0 0 0 {0.1 * scale} 0 0" size=".01"/>
+                <geom type="capsule" fromto="0 0 0 {self.HAND * scale} 0 0" size=".01"/>
                 <joint name="wrist" limited="true" range="-160 160"/>
                 <body name="finger" pos="{link} 0 0">
                   <geom type="sphere" size="{self.FINGER}"/>
@@ -709,18 +746,18 @@ class Reacher(MujocoTask):
           <actuator><motor joint="shoulder"/><motor joint="wrist"/></actuator>
         </mujoco>"""
 
-    def measure(self):
-        super().measure()
+    def to_target(self):
+        """From the finger to the target, m, (N, 2)."""
         directions = self.qpos.cumsum(-1)  # of both links, (N, 2)
         (x1, x2), (y1, y2) = np.cos(directions).T, np.sin(directions).T
         finger = self.LINK * self.c["length"] * np.array([x1 + x2, y1 + y2])
-        self.to_target = self.target - finger.T
+        return self.target - finger.T
 
     def initial_state(self, i, rng):
         qpos = self.random_joints(self.models[i], rng)
         angle = rng.uniform(0, 2 * np.pi)
         radius = rng.uniform(0.05, 0.2)
-        # A task of `with_contexts` still shares the array of the first one.
+        # A copy made by `with_contexts` shares this array, and must not change it.
         self.target = self.target.copy()
         self.target[i] = radius * np.sin(angle), radius * np.cos(angle)
         return np.concatenate([qpos, np.zeros(2)])
@@ -733,10 +770,10 @@ class Reacher(MujocoTask):
         super().restore(snapshot[:, 2:])
 
     def observation(self):
-        return np.concatenate([self.qpos, self.to_target, self.qvel], axis=-1)
+        return np.concatenate([self.qpos, self.to_target(), self.qvel], axis=-1)
 
     def reward(self):
-        distance = np.hypot(*self.to_target.T)
+        distance = np.hypot(*self.to_target().T)
         return (distance <= self.TARGET + self.FINGER).astype(float)
 
     def picture(self, i):
@@ -749,7 +786,7 @@ class Reacher(MujocoTask):
 
 
 class HardReacher(Reacher):
-    """Reacher with a small target; all else is as there."""
+    """Reacher with a small target, and otherwise the same."""
 
     TARGET = 0.015  # m, its radius
 
@@ -760,7 +797,7 @@ class BallInCup(MujocoTask):
     | index | observation, which is also the state | unit |
     |---|---|---|
     | 0, 1 | x, z of the cup, from where it rests | m |
-    | 2, 3 | x, z of the ball, from where it rests | m |
+    | 2, 3 | x, z of the ball, from the string's length below the cup | m |
     | 4 – 7 | their velocities | m/s |
 
     Action: forces x, z on the cup, in units of 5 N, each in [-1, 1].
@@ -776,13 +813,14 @@ class BallInCup(MujocoTask):
     CUP = 0.6  # m, height of the cup's opening at rest
     HALF = 0.05  # m, half the cup's width; its middle is as far below the opening
     BALL = 0.025  # m, radius
-    STRING_TOP = 0.5  # m, height that the ball hangs from, so that it rests lower by the string
+    # m. State 0 of the ball is the string's length below this height. The string is tied to the
+    # cup at 0.492 m. The 8 mm between come from the model of DeepMind Control.
+    STRING_TOP = 0.5
 
     def xml(self, context):
         string = context["distance"]
         return f"""
         <mujoco model="ball in cup">
-          <option gravity="0 0 {-context["gravity"]}"/>
           <default>
             <motor gear="5" ctrllimited="true" ctrlrange="-1 1"/>
             <joint type="slide"/>
@@ -824,7 +862,7 @@ class BallInCup(MujocoTask):
 
     def initial_state(self, i, rng):
         model, data = self.pairs[i]
-        while True:
+        while True:  # A quarter of all places or more is free, since a string is below 0.9 m.
             mujoco.mj_resetData(model, data)
             data.qpos[2:] = rng.uniform(-0.2, 0.2), rng.uniform(0.2, 0.5)
             mujoco.mj_forward(model, data)
@@ -857,7 +895,6 @@ class Cheetah(MujocoTask):
     d_s = 17
     d_a = 6
     state_size = 18
-    SENSORS = True
     SPEED = 10.0  # m/s, for full reward
     SETTLE = 200  # steps
     MASS = 14.0  # kg
@@ -921,6 +958,7 @@ class Cheetah(MujocoTask):
     def model(self, context):
         model = super().model(context)
         mujoco.mj_setTotalmass(model, self.MASS)
+        # What MuJoCo derives from the masses when it compiles a model is computed anew.
         mujoco.mj_setConst(model, mujoco.MjData(model))
         return model
 
@@ -930,8 +968,8 @@ class Cheetah(MujocoTask):
         mujoco.mj_forward(model, data)
         limited = model.jnt_limited == 1
         data.qpos[limited] = rng.uniform(*model.jnt_range[limited].T)
-        # As in dm_control, the first step still has the forces of the default pose. Then the
-        # runner falls to the ground.
+        # As in dm_control, where nothing is computed between the new pose and the first step. So
+        # that step has the forces of the default pose. Then the runner falls to the ground.
         mujoco.mj_step2(model, data)
         mujoco.mj_step(model, data, self.SETTLE - 1)
         return np.concatenate([data.qpos, data.qvel])
@@ -956,8 +994,9 @@ class Walker(MujocoTask):
 
     State: z (from 1.3 m), x, angle of the torso, six joints, then their velocities.
     Action: torques of the six joints, each in [-1, 1], in units of the motor's gear.
-    Reward: (3 standing + upright)/4 · (5 moving + 1)/6, in [0, 1], where standing is 1 from 1.2 m
-    on, upright (1 + cosine of the torso's angle)/2, and moving speed / (1 m/s) clipped to [0, 1].
+    Reward, in [0, 1]: (3 standing + upright)/4 · (5 moving + 1)/6. Standing is 1 where the torso
+    is 1.2 m high or more, and falls as `near` below. Upright is (1 + cosine of the torso's
+    angle)/2. Moving is speed / (1 m/s), clipped to [0, 1].
     Start: at rest, joints uniform in their ranges, the torso's angle in ±π.
     Context: gravity (m/s²) and actuator_strength (multiplies the gears, without a unit).
     """
@@ -967,7 +1006,6 @@ class Walker(MujocoTask):
     state_size = 18
     high = [inf] + [1.0] * 14 + [inf] * 9
     SUBSTEPS = 10
-    SENSORS = True
     TORSO = 1.3  # m, height of the torso in the model
     HEIGHT = 1.2  # m, for full reward
     SPEED = 1.0  # m/s, for full reward
@@ -987,15 +1025,14 @@ class Walker(MujocoTask):
             </body></body></body>"""
 
         def motors(side):
-            strength = context["actuator_strength"]
             return f"""
-            <motor joint="{side}_hip" gear="{100 * strength}"/>
-            <motor joint="{side}_knee" gear="{50 * strength}"/>
-            <motor joint="{side}_ankle" gear="{20 * strength}"/>"""
+            <motor joint="{side}_hip" gear="100"/>
+            <motor joint="{side}_knee" gear="50"/>
+            <motor joint="{side}_ankle" gear="20"/>"""
 
         return f"""
         <mujoco model="walker">
-          <option timestep="0.0025" gravity="0 0 {-context["gravity"]}"/>
+          <option timestep="0.0025"/>
           <default>
             <motor ctrllimited="true" ctrlrange="-1 1"/>
             <geom type="capsule" contype="1" conaffinity="0" friction=".7 .1 .1"/>
@@ -1059,12 +1096,9 @@ class GymTask(MujocoTask):
     FILE: str  # of the model
     NOISE = 5e-3  # of the starting state
 
-    def model(self, context):
+    def compile(self, context):
         folder = Path(gymnasium.__file__).parent / "envs/mujoco/assets"
-        model = mujoco.MjModel.from_xml_path(str(folder / self.FILE))
-        model.opt.gravity[2] = -context["gravity"]
-        model.actuator_gear *= context["actuator_strength"]
-        return model
+        return mujoco.MjModel.from_xml_path(str(folder / self.FILE))
 
     def initial_state(self, i, rng):
         model = self.models[i]
@@ -1097,8 +1131,9 @@ class WalkerGym(GymTask):
     | 8, 9 | velocities x, z of the torso, clipped to ±10 | m/s |
     | 10 – 16 | velocities of the seven angles, clipped to ±10 | rad/s |
 
-    State: x of the torso, then the observation with velocities as they are.
-    Healthy: height between 0.8 and 2 m, angle of the torso within ±1 rad. All else: see GymTask.
+    State: x of the torso, then the observation, its velocities not clipped.
+    Healthy: height between 0.8 and 2 m, angle of the torso within ±1 rad.
+    GymTask describes the rest.
     """
 
     d_s = 17
@@ -1123,9 +1158,9 @@ class HopperGym(GymTask):
     | 5, 6 | velocities x, z of the torso, clipped to ±10 | m/s |
     | 7 – 10 | velocities of the four angles, clipped to ±10 | rad/s |
 
-    State: x of the torso, then the observation with velocities as they are.
+    State: x of the torso, then the observation, its velocities not clipped.
     Healthy: height above 0.7 m, angle of the torso within ±0.2 rad, every other entry of the state
-    but x within ±100. All else: see GymTask.
+    but x within ±100. GymTask describes the rest.
     """
 
     d_s = 11
@@ -1158,16 +1193,17 @@ class GymnasiumTask(Task):
 
     def __init__(self, contexts):
         def make_one():
-            # -1 means no time limit of its own: the views count the steps.
+            # -1 means no time limit of its own: VectorEnv counts the steps.
             env = gymnasium.make(self.gymnasium_id, max_episode_steps=-1)
             return gymnasium.wrappers.RescaleAction(env, -1, 1)
 
-        self.envs = gymnasium.vector.SyncVectorEnv([make_one] * len(contexts))
+        self.envs = [make_one() for _ in contexts]
+        self.s = [None] * len(contexts)
         super().__init__(contexts)
 
-    def reset(self, rngs):
-        seeds = [int(rng.integers(2**31)) for rng in rngs]
-        self.s, _ = self.envs.reset(seed=seeds)
+    def initial_state(self, i, rng):
+        self.s[i], _ = self.envs[i].reset(seed=int(rng.integers(2**31)))
+        return np.zeros(0)
 
     def set_state(self, state):
         pass
@@ -1176,17 +1212,20 @@ class GymnasiumTask(Task):
         return np.zeros((self.N, 0))
 
     def advance(self, actions):
+        # `Task.step` multiplied by action_factor; the strength may go beyond the bounds once more.
         actions = np.clip(actions * self.c["actuator_strength"][:, None], -1, 1)
-        self.s, self.r, terminated, truncated, _ = self.envs.step(actions.astype(np.float32))
-        if terminated.any() or truncated.any():
+        steps = [env.step(action) for env, action in zip(self.envs, actions.astype(np.float32))]
+        s, self.r, terminated, truncated, _ = zip(*steps)
+        self.s = list(s)
+        if any(terminated + truncated):
             reason = "has terminal states: the method knows none but time"
             raise BadEnvironment(f"gymnasium:{self.gymnasium_id} {reason}")
 
     def observation(self):
-        return self.s
+        return np.stack(self.s)
 
     def reward(self):
-        return self.r
+        return np.array(self.r, dtype=np.float64)
 
     def picture(self, i):
         raise ValueError(f"gymnasium:{self.gymnasium_id}: no picture here, but by gymnasium.make")
@@ -1196,7 +1235,7 @@ class GymnasiumTask(Task):
 def gymnasium_spec(gymnasium_id):
     """The EnvSpec of an environment of Gymnasium, in which one random episode is tried.
 
-    BadEnvironment says why another will not do.
+    BadEnvironment says why an environment cannot be used.
     """
     try:
         env = gymnasium.make(gymnasium_id)
@@ -1204,18 +1243,19 @@ def gymnasium_spec(gymnasium_id):
         reason = f"{error} (pip install {error.name})"
         raise BadEnvironment(f"gymnasium:{gymnasium_id}: {reason}") from None
     horizon = env.spec.max_episode_steps
-    seen = env.observation_space
-    acted = env.action_space
-    boxes = all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in (seen, acted))
-    if not (boxes and acted.is_bounded() and acted.dtype.kind == "f" and horizon):
+    spaces = env.observation_space, env.action_space
+    observations, actions = spaces
+    boxes = all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in spaces)
+    if not (boxes and actions.is_bounded() and actions.dtype.kind == "f" and horizon):
         what = "Boxes of one axis as spaces, bounded float actions and a horizon"
         raise BadEnvironment(f"gymnasium:{gymnasium_id}: must have {what} (max_episode_steps)")
+    # A class of its own, since the sizes of a task are attributes of its class.
     cls = type(gymnasium_id, (GymnasiumTask,), {"gymnasium_id": gymnasium_id})
-    cls.d_s = seen.shape[0]
-    cls.d_a = acted.shape[0]
+    cls.d_s = observations.shape[0]
+    cls.d_a = actions.shape[0]
     cls.dt = 1 / (env.metadata.get("render_fps") or 30)
-    cls.low = seen.low
-    cls.high = seen.high
+    cls.low = observations.low
+    cls.high = observations.high
     task = cls([{"actuator_strength": 1.0, "action_factor": 1.0}])
     rng = np.random.default_rng(0)
     task.reset([rng])
@@ -1225,114 +1265,16 @@ def gymnasium_spec(gymnasium_id):
 
 
 # --------------------------------------------------------------------------------------------------
-# The views of a task: one Gymnasium environment, or all contexts together
+# The environments: all contexts together for training, and by Gymnasium's rules
 # --------------------------------------------------------------------------------------------------
-
-
-class ContextualEnv(gymnasium.Env):
-    """One environment of the benchmark as a Gymnasium environment.
-
-    The context is in `info["context"]` and never in the observation. There is no terminal state.
-    An episode is truncated after `horizon` steps, or never without one; gymnasium.make leaves that
-    to its own TimeLimit. A bad value is a ValueError.
-
-    reset(options={"state": array, "target": (x, y), "context": {...}}), each optional: the state to
-    start from, the reacher's target, context values to change. `set_context` changes them in
-    mid-episode.
-    """
-
-    metadata = {"render_modes": ["rgb_array"]}
-
-    def __init__(
-        self,
-        env_id: str,
-        render_mode: str | None = None,
-        horizon: float = inf,
-        **context: float,
-    ):
-        check_render_mode(render_mode)
-        if horizon != inf:
-            whole("horizon", horizon)
-        self.env_id = env_id
-        self.render_mode = render_mode
-        self.horizon = horizon
-        self.task = lookup(env_id).cls([full_context(env_id, context)])
-        self.t: Any = None  # None: not yet reset
-        self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
-        self.observation_space, self.action_space = self.task.spaces()
-
-    @property
-    def context(self):
-        return dict(self.task.contexts[0])
-
-    def state(self):
-        """The physical state, float64: what reset(options={"state": ...}) takes."""
-        need_reset(self, "state")
-        return self.task.state()[0]
-
-    def set_context(self, **context: float) -> None:
-        """Changes context values now and keeps the physical state."""
-        task = self.task.with_contexts([full_context(self.env_id, context, self.context)])
-        need_reset(self, "set_context")
-        task.set_state(self.task.state())
-        self.task = task
-
-    def reset(self, *, seed=None, options=None):
-        options = dict(named("options", options or {}))
-        check_names("option", options, ["state", "target", "context"])
-        context = full_context(self.env_id, options.get("context", {}), self.context)
-        sizes = {"state": self.task.state_size, "target": self.task.target_size}
-        for name in options.keys() & sizes.keys():
-            options[name] = finite(name, options[name], (sizes[name],))[None]
-        task = self.task
-        if context != self.context:
-            task = task.with_contexts([context])
-        super().reset(seed=seed)
-        self.task = task
-        task.reset([self.np_random])
-        if "target" in options:
-            task.target = options["target"].copy()
-            task.set_state(task.state())
-        if "state" in options:
-            task.set_state(options["state"])
-        self.t = 0
-        return self.observation(), {"context": self.context}
-
-    def observation(self):
-        return self.task.observation()[0].astype(np.float32)
-
-    def step(self, action):
-        """One step of `action`, (d_a,); what an actuator gets is clipped to [-1, 1]."""
-        need_reset(self, "step")
-        self.task.step(finite("action", action, (self.task.d_a,))[None])
-        self.t += 1
-        reward = float(self.task.reward()[0])
-        truncated = self.t >= self.horizon
-        return self.observation(), reward, False, truncated, {"context": self.context}
-
-    def render(self):
-        """The picture, (256, 256, 3), or None without a render mode."""
-        need_reset(self, "render")
-        if self.render_mode is None:
-            return None
-        return draw(*self.task.picture(0))
-
-
-def make(env_id: str, **options: Any) -> ContextualEnv:
-    """The environment in the context given by name; what is not named has its default."""
-    options = {"horizon": lookup(env_id).horizon} | options
-    env = ContextualEnv(env_id, **options)
-    spec = gymnasium.registry.get(gymnasium_name(env_id))
-    if spec is not None:
-        kwargs = spec.kwargs | env.context
-        env.spec = dataclasses.replace(spec, max_episode_steps=options["horizon"], kwargs=kwargs)
-    return env
 
 
 class VectorEnv:
     """One instance per context, reset and stepped together, as dmash.py trains.
 
-    The horizon is the same everywhere, so that all episodes end together.
+    The horizon is the same everywhere, so that all episodes end together. Each instance has its own
+    generator, spawned from `seed` by numpy's SeedSequence. This class keeps no rules of Gymnasium.
+    `ContextualEnv` and `ContextualVectorEnv` do, and stand on it.
     """
 
     def __init__(self, env_id: str, contexts: Contexts, seed: Any):
@@ -1349,24 +1291,54 @@ class VectorEnv:
 
     @property
     def c(self):
-        """The contexts, (N, d_c), in the order of the table."""
+        """The contexts as one array, (N, d_c), in the order of the table (Task.c is a dict)."""
         rows = [list(context.values()) for context in self.task.contexts]
         return np.array(rows, dtype=np.float32)
+
+    def need_reset(self, call):
+        if self.t is None:
+            raise gymnasium.error.ResetNeeded(f"{self.env_id}: call reset() before {call}()")
 
     def reset(self) -> np.ndarray:
         """Starts an episode everywhere. Returns observations (N, d_s)."""
         self.task.reset(self.rngs)
         self.t = 0
+        return self.observe()
+
+    def observe(self):
         return self.task.observation().astype(np.float32)
 
     def step(self, actions) -> tuple[np.ndarray, np.ndarray, bool]:
         """Actions (N, d_a). Returns observations, rewards (N,), whether the horizon is reached."""
-        need_reset(self, "step")
+        observations = self.advance(actions)
+        return observations, self.task.reward().astype(np.float32), self.t >= self.horizon
+
+    def advance(self, actions):
+        """A step that returns the observations only."""
+        self.need_reset("step")
         self.task.step(finite("actions", actions, (self.N, self.d_a)))
         self.t += 1
-        observations = self.task.observation().astype(np.float32)
-        rewards = self.task.reward().astype(np.float32)
-        return observations, rewards, self.t >= self.horizon
+        return self.observe()
+
+    def state(self):
+        """The physical states, (N, state_size), float64."""
+        self.need_reset("state")
+        return self.task.state()
+
+    def task_in(self, contexts):
+        """The task in other contexts. Values that they do not name stay as they are."""
+        pairs = zip(contexts, self.task.contexts)
+        contexts = [full_context(self.env_id, new, old) for new, old in pairs]
+        if contexts == self.task.contexts:
+            return self.task
+        return self.task.with_contexts(contexts)
+
+    def pictures(self, render_mode):
+        """A picture of each instance, (256, 256, 3), or None without a render mode."""
+        self.need_reset("render")
+        if render_mode is None:
+            return None
+        return tuple(draw(*self.task.picture(i)) for i in range(self.N))
 
     def state_dict(self):
         """Everything that the next steps and resets depend on, in plain lists and numbers."""
@@ -1388,14 +1360,109 @@ class VectorEnv:
             rng.bit_generator.state = rng_state
 
 
+class ContextualEnv(gymnasium.Env):
+    """One environment of the benchmark as a Gymnasium environment.
+
+    The context is in `info["context"]` and never in the observation. There is no terminal state.
+    An episode is truncated after `horizon` steps; inf, the default, means never. gymnasium.make
+    truncates by its own TimeLimit. A bad value is a ValueError.
+
+    reset(options={"state": array, "target": (x, y), "context": {...}}) takes three options: the
+    state to start from, the reacher's target, and context values to change.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(
+        self,
+        env_id: str,
+        render_mode: str | None = None,
+        horizon: float = inf,
+        **context: float,
+    ):
+        check_render_mode(render_mode)
+        if horizon != inf:
+            whole("horizon", horizon)
+        self.env_id = env_id
+        self.render_mode = render_mode
+        self.horizon = horizon
+        self.envs = VectorEnv(env_id, [context], seed=None)
+        self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
+        self.observation_space, self.action_space = self.task.spaces()
+
+    @property
+    def task(self):
+        return self.envs.task
+
+    @property
+    def context(self):
+        return dict(self.task.contexts[0])
+
+    def state(self):
+        """The physical state, float64: what reset(options={"state": ...}) takes."""
+        return self.envs.state()[0]
+
+    def set_context(self, **context: float) -> None:
+        """Changes context values in mid-episode and keeps the physical state."""
+        task = self.envs.task_in([context])
+        self.envs.need_reset("set_context")
+        task.set_state(self.task.state())
+        self.envs.task = task
+
+    def reset(self, *, seed=None, options=None):
+        options = dict(named("options", options or {}))
+        check_names("option", options, ["state", "target", "context"])
+        sizes = {"state": self.task.state_size, "target": self.task.target_size}
+        for name in options.keys() & sizes.keys():
+            options[name] = finite(name, options[name], (sizes[name],))[None]
+        task = self.envs.task_in([options.get("context", {})])
+        super().reset(seed=seed)
+        # All checks are done: a reset that fails changes nothing.
+        self.envs.task = task
+        self.envs.rngs = [self.np_random]
+        self.envs.reset()
+        if "target" in options:
+            task.target = options["target"].copy()
+        if "state" in options:
+            task.set_state(options["state"])
+        return self.envs.observe()[0], {"context": self.context}
+
+    def step(self, action):
+        """One step of `action`, (d_a,); what an actuator gets is clipped to [-1, 1]."""
+        (observation,) = self.envs.advance([action])
+        reward = float(self.task.reward()[0])
+        truncated = self.envs.t >= self.horizon
+        return observation, reward, False, truncated, {"context": self.context}
+
+    def render(self):
+        """The picture, (256, 256, 3), or None without a render mode."""
+        pictures = self.envs.pictures(self.render_mode)
+        if pictures is not None:
+            return pictures[0]
+
+
+def make(env_id: str, **options: Any) -> ContextualEnv:
+    """The environment in the context given by name; what is not named has its default.
+
+    Like an environment of gymnasium.make, it has a `spec` from which others can make it anew.
+    """
+    options = {"horizon": lookup(env_id).horizon} | options
+    env = ContextualEnv(env_id, **options)
+    spec = gymnasium.registry.get(gymnasium_name(env_id))
+    if spec is not None:
+        kwargs = spec.kwargs | env.context
+        env.spec = dataclasses.replace(spec, max_episode_steps=options["horizon"], kwargs=kwargs)
+    return env
+
+
 class ContextualVectorEnv(gymnasium.vector.VectorEnv):
-    """The VectorEnv of training as a vector environment of Gymnasium, for gymnasium.make_vec.
+    """VectorEnv by the rules of Gymnasium's vector environments, for gymnasium.make_vec.
 
     contexts: a list of `num_envs` contexts, or the name of a set; context values given by name
     hold in all of them. max_episode_steps: -1 means no limit, None the horizon of the table.
-    All episodes end together. The step after that begins new ones, whatever its actions.
+    All episodes end together. The next step begins new episodes and ignores its actions.
     infos["context"] has an array (num_envs,) per dimension. With a seed, instance i starts as a
-    single environment with seed + i.
+    single environment with seed + i, as Gymnasium's own vector environments.
     """
 
     metadata = {
@@ -1444,21 +1511,18 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         return tuple(self.seeds)
 
     def state(self):
-        """The physical states, (num_envs, state_size)."""
-        need_reset(self.envs, "state")
-        return self.envs.task.state()
+        return self.envs.state()
 
     def reset(self, *, seed=None, options=None):
-        """`seed`: a number, or one (or None: go on) for each instance.
+        """`seed`: a number, or one for each instance. With None an instance's generator goes on.
 
         options={"contexts": [...]}: context values to change, a dict for each instance.
         Returns observations (num_envs, d_s) and infos.
         """
         options = named("options", options or {})
         check_names("option", options, ["contexts"])
-        given = listed(self.env_id, options.get("contexts", self.context), self.num_envs)
-        pairs = zip(given, self.context)
-        contexts = [full_context(self.env_id, each, old) for each, old in pairs]
+        contexts = listed(self.env_id, options.get("contexts", self.context), self.num_envs)
+        task = self.envs.task_in(contexts)
         seeds = seed
         if seed is None:
             seeds = [None] * self.num_envs
@@ -1466,8 +1530,7 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
             seeds = [seed + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed {shown(seed)}: must be a number, or {self.num_envs} of them")
-        if contexts != self.context:
-            self.envs.task = self.envs.task.with_contexts(contexts)
+        self.envs.task = task
         for i, each in enumerate(seeds):
             if each is not None:
                 self.envs.rngs[i] = np.random.default_rng(each)
@@ -1477,30 +1540,26 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
 
     def infos(self):
         """As SyncVectorEnv gives them, with a mask beside each array."""
+        there = np.ones(self.num_envs, dtype=bool)
         context = {name: values.copy() for name, values in self.envs.task.c.items()}
-        for name in self.envs.task.c:
-            context[f"_{name}"] = np.ones(self.num_envs, dtype=bool)
-        return {"context": context, "_context": np.ones(self.num_envs, dtype=bool)}
+        masks = {f"_{name}": there for name in context}
+        return {"context": context | masks, "_context": there}
 
     def step(self, actions):
+        rewards = np.zeros(self.num_envs)
         if self.done:
             observations = self.envs.reset()
-            rewards = np.zeros(self.num_envs)
-            self.done = False
         else:
-            observations, _, _ = self.envs.step(actions)
+            observations = self.envs.advance(actions)
             rewards = self.envs.task.reward().astype(np.float64)
-            self.done = self.envs.t >= self.horizon
+        self.done = self.envs.t >= self.horizon
         terminated = np.zeros(self.num_envs, dtype=bool)
         truncated = np.full(self.num_envs, self.done)
         return observations, rewards, terminated, truncated, self.infos()
 
     def render(self):
         """A picture of each instance, or None without a render mode."""
-        need_reset(self.envs, "render")
-        if self.render_mode is None:
-            return None
-        return tuple(draw(*self.envs.task.picture(i)) for i in range(self.num_envs))
+        return self.envs.pictures(self.render_mode)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple:
         """What each instance has, or gives, by this name, as SyncVectorEnv's call.
@@ -1532,11 +1591,13 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
 class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
     """Draws a context at each reset, by the environment's generator.
 
-    `contexts` is a list, the name of a set, or a dict of ranges, {"length": (0.3, 0.85)}, each of
-    which is drawn from uniformly. What it does not name stays as the environment has it now.
+    `contexts` is a list, the name of a set, or a dict of ranges, {"length": (0.3, 0.85)}. A range
+    is drawn from uniformly. A dimension that `contexts` does not name keeps its present value.
     """
 
     def __init__(self, env: gymnasium.Env, contexts: Any = "train"):
+        # RecordConstructorArgs puts the arguments into env.spec, so that gymnasium.make(env.spec)
+        # makes the wrapped environment anew.
         RecordConstructorArgs.__init__(self, contexts=contexts)
         gymnasium.Wrapper.__init__(self, env)
         inner = contextual(env)
@@ -1563,28 +1624,27 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
 
 
 class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
-    """Tells the context, (d_c,), in the order of the table.
+    """Shows the agent the context, (d_c,), in the order of the table.
 
-    It stands at the end of the observation or, with a `key`, beside it, as {"observation": ...,
-    key: ...}.
+    The context stands at the end of the observation. With a `key`, the observation becomes a dict,
+    {"observation": ..., key: context}.
     """
 
     def __init__(self, env: gymnasium.Env, key: str | None = None):
         RecordConstructorArgs.__init__(self, key=key)
         gymnasium.ObservationWrapper.__init__(self, env)
         self.key = key
-        seen = env.observation_space
-        told = box(len(contextual(env).context))
+        plain = env.observation_space
+        added = box(len(contextual(env).context))
         if key is not None:
-            self.observation_space = gymnasium.spaces.Dict({"observation": seen, key: told})
-        elif isinstance(seen, gymnasium.spaces.Box) and len(seen.shape) == 1:
-            low = np.append(seen.low, told.low)
-            high = np.append(seen.high, told.high)
+            self.observation_space = gymnasium.spaces.Dict({"observation": plain, key: added})
+        elif isinstance(plain, gymnasium.spaces.Box) and len(plain.shape) == 1:
+            low = np.append(plain.low, added.low)
+            high = np.append(plain.high, added.high)
             self.observation_space = box(len(low), high, low)
         else:
-            raise ValueError(
-                f"observation space {shown(seen)}: needs a key, as it has not one axis"
-            )
+            reason = "needs a key, as it has not one axis"
+            raise ValueError(f"observation space {shown(plain)}: {reason}")
 
     def observation(self, observation):
         context = np.float32(list(self.unwrapped.context.values()))
@@ -1661,17 +1721,19 @@ def register(
     context: Sequence[ContextDim],
     horizon: int,
     kind: str = NON,
-    **rest: Any,
+    *rest: Any,
+    **named: Any,
 ) -> None:
-    """Adds an environment, a row of EnvSpec; `rest` may name K, steps and paper_name.
+    """Adds an environment. The arguments are a row of EnvSpec, without its module.
 
-    It is there for `make`, for Gymnasium as aib/<env_id>-v0, and for dmash.py as --env
-    <module>:<env_id>, where module is the one that calls this. A ValueError says what is wrong.
+    `make` then knows it, Gymnasium as aib/<env_id>-v0, and dmash.py as --env <module>:<env_id>. The
+    module is the one that calls `register`. A ValueError says what is wrong.
     """
+    # The class would not tell the module: it may come from this file.
     module = sys._getframe(1).f_globals["__name__"]
     if module == "__mp_main__":  # the main module in a process that multiprocessing spawned
         module = "__main__"
-    spec = EnvSpec(cls, tuple(context), horizon, kind, module=module, **rest)
+    spec = EnvSpec(cls, tuple(context), horizon, kind, *rest, **named, module=module)
     try:
         check_spec(env_id, spec)
     except ValueError as error:
@@ -1689,24 +1751,25 @@ def register(
 
 
 def check_spec(env_id, spec):
+    """ValueError, if the row means nothing or the class does not keep the contract of Task."""
     cls = spec.cls
     known = ENVS.get(env_id)
     if known and (known.module, known.cls.__qualname__) != (spec.module, cls.__qualname__):
         raise ValueError(f"belongs to {known.cls.__qualname__} of the module {known.module}")
     for name in ("horizon", "K", "steps"):
         whole(name, getattr(spec, name))
-    for name in ("d_s", "d_a"):
+    for name in ("d_s", "d_a", "state_size"):
         whole(f"{cls.__name__}.{name}", getattr(cls, name, None))
     names = [dim.name for dim in spec.context]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"contexts {names}: must be at least one, each with a name of its own")
     for dim in spec.context:
         check_dim(dim)
-    for (
-        name
-    ) in "state_size dt initial_state set_state state advance observation reward picture".split():
-        if getattr(cls, name, None) is None:
-            raise ValueError(f"{cls.__name__} has no {name}")
+    missing = sorted(cls.__abstractmethods__)
+    if not hasattr(cls, "dt"):
+        missing.append("dt")
+    if missing:
+        raise ValueError(f"{cls.__name__} has no {', '.join(missing)}")
     if cls.d_a == 1 and {"swap", "sign_y"} & set(names):
         raise ValueError(f"{cls.__name__} has no two actuators")
     task = cls([{dim.name: dim.default for dim in spec.context}] * 2)
@@ -1750,10 +1813,10 @@ def lookup(env_id: str) -> EnvSpec:
     if module:
         if "" not in sys.path:
             sys.path.append("")  # the current folder
-        importlib.invalidate_caches()
         try:
             importlib.import_module(module)
         except SystemExit:
+            # Otherwise a module that ends the program with status 0 would look like success.
             raise ImportError(f"{module} ends the program while it is imported") from None
     if name not in ENVS:
         raise ValueError(unknown("environment", name, list(ENVS)))
@@ -1764,15 +1827,15 @@ def lookup(env_id: str) -> EnvSpec:
     return spec
 
 
-def full_context(env_id, context, base={}):
-    """`context` checked, in the order of the table.
+def full_context(env_id, context, base=None):
+    """`context` checked, with a value for every dimension, in the order of the table.
 
-    What it does not name has its value in `base` or else its default.
+    A dimension that it does not name has its value in `base`, or else its default.
     """
     dims = {dim.name: dim for dim in lookup(env_id).context}
     kind = "context, or unexpected keyword argument"
     check_names(kind, named("context", context), list(dims), UnknownContext)
-    values = base | context
+    values = (base or {}) | context
     return {name: allowed_value(dim, values.get(name, dim.default)) for name, dim in dims.items()}
 
 
@@ -1790,13 +1853,11 @@ def listed(env_id, contexts, n=None):
 
 def allowed_value(dim, value):
     """`value` as a float; ValueError if it is not finite or physically impossible."""
-    try:
-        number = float(value)
-    except NOT_A_NUMBER:
-        number = math.nan
+    number = numbers(value)
     must_be = f"context {dim.name}={shown(value)}: must be"
-    if isinstance(value, (str, bool)) or not math.isfinite(number):
+    if isinstance(value, (str, bool)) or number.size != 1 or not np.isfinite(number).all():
         raise ValueError(f"{must_be} a finite number")
+    number = number.item()
     if dim.positive and not 0 < number < dim.below:
         raise ValueError(f"{must_be} above 0 and below {dim.below:g}")
     if dim.only and number not in dim.only:
@@ -1809,7 +1870,7 @@ def check_ranges(env_id, ranges):
         low, high = finite(f"range of {name}", values, (2,)).tolist()
         if low > high:
             raise ValueError(f"range of {name} {shown(values)}: must go up")
-        # The middle is no allowed value where there are only two.
+        # The middle is refused where only two values are allowed.
         for value in (low, (low + high) / 2, high):
             full_context(env_id, {name: value})
 
@@ -1817,11 +1878,6 @@ def check_ranges(env_id, ranges):
 def check_render_mode(render_mode):
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
-
-
-def need_reset(env, call):
-    if env.t is None:
-        raise gymnasium.error.ResetNeeded(f"{env.env_id}: call reset() before {call}()")
 
 
 def contextual(env):
@@ -1838,16 +1894,18 @@ def box(size, high=inf, low=None):
     return gymnasium.spaces.Box(np.float32(low), high, (size,), np.float32)
 
 
-# What float() and numpy raise for a text, for 10**400, for a tensor that has a gradient.
-NOT_A_NUMBER = (TypeError, ValueError, OverflowError, RuntimeError)
+def numbers(value):
+    """`value` as an array; NaN if it is no number or none that a float can hold."""
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        # In this order: an object, a text, 10**400, a tensor that has a gradient.
+        return np.array(math.nan)
 
 
 def finite(name, value, shape):
     """`value` as an array of that shape; ValueError if it is not that many finite numbers."""
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except NOT_A_NUMBER:
-        array = np.array(math.nan)
+    array = numbers(value)
     if array.shape != shape or not np.isfinite(array).all():
         size = " x ".join(map(str, shape))
         raise ValueError(f"{name} {shown(value)}: must be {size} finite numbers")
@@ -1898,54 +1956,35 @@ def unknown(kind, name, known):
 
 
 # --------------------------------------------------------------------------------------------------
-# The table, registered and printed
+# The table: id, class, contexts, horizon, kind, K, steps, name in the paper
 # --------------------------------------------------------------------------------------------------
 
 
-def register_table():
-    """Enters the rows of TABLE, whose words are names of this file, and ode_1 ... ode_20."""
-    for row in TABLE.split("\n")[1:-1]:
-        env_id, cls, context, horizon, K, steps, paper_name, kind = row.split()
-        register(
-            env_id,
-            globals()[cls],
-            [globals()[name] for name in context.split(",")],
-            int(horizon),
-            globals()[kind],
-            K=int(K),
-            steps=int(steps),
-            paper_name=paper_name,
-        )
-    for k in range(1, 21):
-        register(f"ode_{k}", ODE, coefficients(k), 200, WEAK, paper_name=f"ODE-{k}")
-
-
-register_table()
-
-
-def table():
-    """The table of environments and, below it, that of their contexts, as text."""
-    row = "{:<17} {:<15} {:<22} {:>4} {:>3} {:>6}  {}".format
-    lines = [row("id", "paper", "kind", "T", "K", "steps", "contexts")]
-    first_in = {}
-    for env_id, spec in ENVS.items():
-        if spec.paper_name.startswith("ODE-"):
-            continue
-        numbers = spec.horizon, spec.K, spec.steps
-        names = ", ".join(dim.name for dim in spec.context)
-        lines.append(row(env_id, spec.paper_name, spec.kind, *numbers, names))
-        for dim in spec.context:
-            first_in.setdefault(dim, env_id)
-    row = "{:<17} {:<15} {:>7}  {:<13} {}".format
-    lines.append("ode_1 ... ode_20 are as ode, with the contexts c0 ... c(k-1) in ode_k.\n")
-    lines.append(row("context", "first in", "default", "train", "extrapolation (None: two values)"))
-    for dim, env_id in first_in.items():
-        lines.append(row(dim.name, env_id, dim.default, str(dim.train), str(dim.extrapolation)))
-    return "\n".join(lines)
-
+register("di_inv", DoubleIntegrator, [MASS, ACTION_FACTOR], 100, NON, 24, 100_000, "DI")
+register("di_friction", DoubleIntegrator, [MASS, FRICTION], 100, OVER, 24, 100_000, "DI-Friction")
+register("di_perm", DoubleIntegrator, [MASS, SWAP], 100, NON, 24, 100_000, "DI-Perm")
+register("ode", ODE, coefficients(2), 200, WEAK, 24, 100_000, "ODE")
+register(
+    "cartpole_inv", Cartpole, [POLE_LENGTH, ACTION_FACTOR], 1000, NON, 128, 100_000, "Cartpole"
+)
+register("cheetah_inv", Cheetah, [SCALE, ACTION_FACTOR], 1000, NON, 128, 200_000, "Cheetah")
+register("reacher_easy_inv", Reacher, [SCALE, ACTION_FACTOR], 1000, NON, 128, 200_000, "Reacher(E)")
+register(
+    "reacher_hard_inv", HardReacher, [SCALE, ACTION_FACTOR], 1000, NON, 128, 200_000, "Reacher(H)"
+)
+register(
+    "reacher_hard_perm", HardReacher, [SCALE, SWAP], 1000, NON, 128, 200_000, "Reacher(H)-Perm"
+)
+register("ball_in_cup", BallInCup, [CUP_GRAVITY, STRING], 1000, OVER, 128, 200_000, "BallInCup")
+register("walker", Walker, [GRAVITY, STRENGTH], 1000, OVER, 128, 200_000, "Walker")
+register("walker_gym", WalkerGym, [GRAVITY, STRENGTH], 1000, OVER, 128, 500_000, "WalkerGym")
+register("hopper_gym", HopperGym, [GRAVITY, STRENGTH], 1000, OVER, 128, 500_000, "HopperGym")
+register("di_signs", DoubleIntegrator, [MASS, SIGN_X, SIGN_Y], 100, NON, 24, 100_000, "-")
+for k in range(1, 21):
+    register(f"ode_{k}", ODE, coefficients(k), 200, WEAK, paper_name=f"ODE-{k}")
 
 if __name__ == "__main__":
     try:
-        os.write(sys.stdout.fileno(), f"{table()}\n".encode())
+        os.write(sys.stdout.fileno(), f"{__doc__}\n".encode())
     except BrokenPipeError:
         pass  # The reader, such as `head`, has gone.
