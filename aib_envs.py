@@ -35,7 +35,7 @@ walker_gym        gravity, actuator_strength 1000 overlapping        128 500000 
 hopper_gym        gravity, actuator_strength 1000 overlapping        128 500000 HopperGym
 di_signs          mass, sign_x, sign_y    100 non-overlapping         24 100000 -
 ode_1 ... ode_20 are as ode, with the contexts c0 ... c(k-1) in ode_k; the paper has ODE-k.
-di_signs is not in the paper. There, a pair of signs may be new although each sign was trained.
+The paper does not have di_signs: a pair of signs may be new although each sign was trained.
 
 A context without an extrapolation range is binary: the two values of `train` are in every set.
 
@@ -154,14 +154,14 @@ NON, WEAK, OVER = "non-overlapping", "weakly non-overlapping", "overlapping"
 class EnvSpec:
     """One row of the table of environments."""
 
-    cls: type
+    cls: "type[Task]"
     context: tuple[ContextDim, ...]
     horizon: int  # T, steps of an episode
     kind: str
-    K: int = 24  # transitions in a window
-    steps: int = 100_000  # gradient steps of a run
-    paper_name: str = "-"
-    module: str = "aib_envs"  # where it is registered
+    K: int  # transitions in a window
+    steps: int  # gradient steps of a run
+    paper_name: str
+    module: str  # where it is registered
 
 
 ENVS: dict[str, EnvSpec] = {}  # `register` fills it, at the end of this file.
@@ -208,9 +208,8 @@ def set_values(dim, name):
     if name == "eval_in":
         return np.linspace(low + margin, high - margin, 50)
     lowest, highest = dim.extrapolation
-    below = np.linspace(lowest, low - margin, 25)
-    above = np.linspace(high + margin, highest, 25)
-    return np.concatenate([below, above])
+    outside = (lowest, low - margin), (high + margin, highest)
+    return np.concatenate([np.linspace(*ends, 25) for ends in outside])
 
 
 def context_set(dims, name, n, rng):
@@ -427,12 +426,11 @@ class DoubleIntegrator(Task):
         return np.concatenate([self.p, self.v], axis=-1)
 
     def advance(self, actions):
-        mass = self.c["mass"][:, None]
-        friction = self.c.get("friction", np.zeros(self.N))[:, None]
-        keep = 1 - self.dt * friction / mass
+        mass = self.c["mass"]
+        keep = 1 - self.dt * self.c.get("friction", 0) / mass
         # The position moves first, with the old velocity.
         self.p = np.clip(self.p + self.dt * self.v, -1, 1)
-        self.v = np.clip(self.v * keep + self.dt * actions / mass, -1, 1)
+        self.v = np.clip(self.v * keep[:, None] + self.dt * actions / mass[:, None], -1, 1)
 
     def reward(self):
         return (np.linalg.norm(self.p, axis=-1) <= self.GOAL_RADIUS).astype(float)
@@ -1197,16 +1195,18 @@ class GymnasiumTask(Task):
             env = gymnasium.make(self.gymnasium_id, max_episode_steps=-1)
             return gymnasium.wrappers.RescaleAction(env, -1, 1)
 
-        self.envs = [make_one() for _ in contexts]
-        self.s = [None] * len(contexts)
+        self.envs = gymnasium.vector.SyncVectorEnv([make_one] * len(contexts))
         super().__init__(contexts)
 
+    def reset(self, rngs):
+        seeds = [int(rng.integers(2**31)) for rng in rngs]
+        self.s, _ = self.envs.reset(seed=seeds)
+
     def initial_state(self, i, rng):
-        self.s[i], _ = self.envs[i].reset(seed=int(rng.integers(2**31)))
-        return np.zeros(0)
+        """`reset` does without it."""
 
     def set_state(self, state):
-        pass
+        """The state cannot be set."""
 
     def state(self):
         return np.zeros((self.N, 0))
@@ -1214,18 +1214,16 @@ class GymnasiumTask(Task):
     def advance(self, actions):
         # `Task.step` multiplied by action_factor; the strength may go beyond the bounds once more.
         actions = np.clip(actions * self.c["actuator_strength"][:, None], -1, 1)
-        steps = [env.step(action) for env, action in zip(self.envs, actions.astype(np.float32))]
-        s, self.r, terminated, truncated, _ = zip(*steps)
-        self.s = list(s)
-        if any(terminated + truncated):
+        self.s, self.r, terminated, truncated, _ = self.envs.step(actions.astype(np.float32))
+        if terminated.any() or truncated.any():
             reason = "has terminal states: the method knows none but time"
             raise BadEnvironment(f"gymnasium:{self.gymnasium_id} {reason}")
 
     def observation(self):
-        return np.stack(self.s)
+        return self.s
 
     def reward(self):
-        return np.array(self.r, dtype=np.float64)
+        return self.r
 
     def picture(self, i):
         raise ValueError(f"gymnasium:{self.gymnasium_id}: no picture here, but by gymnasium.make")
@@ -1261,7 +1259,7 @@ def gymnasium_spec(gymnasium_id):
     task.reset([rng])
     for _ in range(horizon):
         task.step(rng.uniform(-1, 1, (1, cls.d_a)))
-    return EnvSpec(cls, (STRENGTH, ACTION_FACTOR), horizon, NON)
+    return EnvSpec(cls, (STRENGTH, ACTION_FACTOR), horizon, NON, 24, 100_000, "-", "gymnasium")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1327,8 +1325,8 @@ class VectorEnv:
 
     def task_in(self, contexts):
         """The task in other contexts. Values that they do not name stay as they are."""
-        pairs = zip(contexts, self.task.contexts)
-        contexts = [full_context(self.env_id, new, old) for new, old in pairs]
+        ids = [self.env_id] * self.N
+        contexts = list(map(full_context, ids, contexts, self.task.contexts))
         if contexts == self.task.contexts:
             return self.task
         return self.task.with_contexts(contexts)
@@ -1541,7 +1539,7 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
     def infos(self):
         """As SyncVectorEnv gives them, with a mask beside each array."""
         there = np.ones(self.num_envs, dtype=bool)
-        context = {name: values.copy() for name, values in self.envs.task.c.items()}
+        context = copy.deepcopy(self.envs.task.c)
         masks = {f"_{name}": there for name in context}
         return {"context": context | masks, "_context": there}
 
@@ -1717,14 +1715,15 @@ RESERVED = (
 
 def register(
     env_id: str,
-    cls: type,
+    cls: type[Task],
     context: Sequence[ContextDim],
     horizon: int,
     kind: str = NON,
-    *rest: Any,
-    **named: Any,
+    K: int = 24,
+    steps: int = 100_000,
+    paper_name: str = "-",
 ) -> None:
-    """Adds an environment. The arguments are a row of EnvSpec, without its module.
+    """Adds an environment. The arguments are a row of EnvSpec.
 
     `make` then knows it, Gymnasium as aib/<env_id>-v0, and dmash.py as --env <module>:<env_id>. The
     module is the one that calls `register`. A ValueError says what is wrong.
@@ -1733,7 +1732,7 @@ def register(
     module = sys._getframe(1).f_globals["__name__"]
     if module == "__mp_main__":  # the main module in a process that multiprocessing spawned
         module = "__main__"
-    spec = EnvSpec(cls, tuple(context), horizon, kind, *rest, **named, module=module)
+    spec = EnvSpec(cls, tuple(context), horizon, kind, K, steps, paper_name, module)
     try:
         check_spec(env_id, spec)
     except ValueError as error:
