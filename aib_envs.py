@@ -514,6 +514,7 @@ class MujocoTask(Task):
     """
 
     SUBSTEPS = 1
+    SPEED: float  # m/s, for the full reward of a task that uses `moving`
     AXES = [0, 2]  # the world axes that a picture shows, to the right and up
     WIDTH = 3.0  # m, of a picture
     # MuJoCo's full state. Its constraint solver starts from the last solution, so that qpos and
@@ -551,9 +552,13 @@ class MujocoTask(Task):
         self.qpos = np.array([data.qpos for data in self.datas])  # (N, nq)
         self.qvel = np.array([data.qvel for data in self.datas])  # (N, nv)
 
-    def speed(self):
-        """Forward velocity of the centre of mass, m/s, (N,): the first number of the sensors."""
-        return np.array([data.sensordata[0] for data in self.datas])
+    def moving(self):
+        """Speed / SPEED, clipped to [0, 1], (N,).
+
+        The speed is the first number of the sensors, the forward velocity of the centre of mass.
+        """
+        speed = np.array([data.sensordata[0] for data in self.datas])
+        return np.clip(speed / self.SPEED, 0, 1)
 
     def set_state(self, state):
         for (model, data), row in zip(self.pairs, state):
@@ -976,7 +981,7 @@ class Cheetah(MujocoTask):
         return np.concatenate([self.qpos[:, 1:], self.qvel], axis=-1)
 
     def reward(self):
-        return np.clip(self.speed() / self.SPEED, 0, 1)
+        return self.moving()
 
 
 class Walker(MujocoTask):
@@ -1072,8 +1077,7 @@ class Walker(MujocoTask):
     def reward(self):
         standing = near(np.maximum(0, self.HEIGHT - self.height()), margin=self.HEIGHT / 2)
         upright = (1 + np.cos(self.angles()[:, 0])) / 2
-        moving = np.clip(self.speed() / self.SPEED, 0, 1)
-        return (3 * standing + upright) / 4 * (5 * moving + 1) / 6
+        return (3 * standing + upright) / 4 * (5 * self.moving() + 1) / 6
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1645,7 +1649,7 @@ class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
             raise ValueError(f"observation space {shown(plain)}: {reason}")
 
     def observation(self, observation):
-        context = np.float32(list(self.unwrapped.context.values()))
+        context = self.unwrapped.envs.c[0]
         if self.key is None:
             return np.append(observation, context).astype(np.float32)
         return {"observation": observation, self.key: context}
@@ -1685,12 +1689,12 @@ class ActuatorPermutation(gymnasium.ActionWrapper, RecordConstructorArgs):
         RecordConstructorArgs.__init__(self, order=order)
         gymnasium.ActionWrapper.__init__(self, env)
         space = env.action_space
-        self.order = np.array(order)
+        self.order = np.array(order, ndmin=1)
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"action space {shown(space)}: must be a Box of one axis")
         (size,) = space.shape
-        numbers = self.order.dtype.kind in "iu" and self.order.shape == (size,)
-        if not numbers or sorted(self.order.tolist()) != list(range(size)):
+        whole_numbers = self.order.dtype.kind in "iu"  # True and False are none.
+        if not whole_numbers or sorted(self.order.tolist()) != list(range(size)):
             raise ValueError(f"order {shown(order)}: must be a permutation of 0 ... {size - 1}")
         for bound in (space.low, space.high):
             if (bound[self.order] != bound).any():
