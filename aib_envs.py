@@ -330,14 +330,14 @@ class Task(ABC):
     def step(self, actions):
         """One step of actions (N, d_a); then `observation` and `reward` are of the new state.
 
-        This is where the benchmark inverts and swaps actuators: the context first multiplies each
-        action, then exchanges them, and what an actuator gets is clipped to [-1, 1]. The wrappers
-        `ActuatorInversion` and `ActuatorPermutation` are for other environments.
+        This is where the benchmark inverts and swaps actuators. The context first multiplies each
+        action. Then swap = 1 exchanges the first two. What an actuator gets is clipped to [-1, 1].
+        The wrappers `ActuatorInversion` and `ActuatorPermutation` are for other environments.
         """
         # A float32 action would be rounded at each product, unlike the same action in float64.
         actions = np.asarray(actions, dtype=np.float64) * self.signs
         if "swap" in self.c:
-            swapped = self.c["swap"] == 1
+            swapped = self.c["swap"] == 1  # (N,)
             actions[swapped, :2] = actions[swapped, 1::-1]
         # For arrays this small, minimum and maximum are faster than np.clip.
         self.advance(np.minimum(np.maximum(actions, -1.0), 1.0))
@@ -381,8 +381,9 @@ def draw(view, shapes, size=256):
     for start, end, radius, colour in shapes:
         line = end - start
         dx, dy = line
+        # The nearest point of the line is start + share * line. One share for each pixel.
         share = ((x - start[0]) * dx + (y - start[1]) * dy) / max(line @ line, 1e-12)
-        share = np.clip(share, 0, 1)  # of the line before the point that is nearest, (size, size)
+        share = np.clip(share, 0, 1)  # (size, size)
         distance = np.hypot(x - start[0] - share * dx, y - start[1] - share * dy)
         picture[distance <= radius] = colour
     return picture
@@ -617,6 +618,7 @@ class MujocoTask(Task):
             x_axis, _, z_axis = data.geom_xmat[g].reshape(3, 3).T
             radius, length, _ = model.geom_size[g]
             half = length * z_axis  # from the middle to the end of a capsule; 0 for a sphere
+            # A box becomes a line along its x axis, as thick as the box is high.
             if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_BOX:
                 length, _, radius = model.geom_size[g]
                 half = length * x_axis
@@ -814,7 +816,7 @@ class BallInCup(MujocoTask):
     SUBSTEPS = 10
     WIDTH = 1.2  # m
     CUP = 0.6  # m, height of the cup's opening at rest
-    HALF = 0.05  # m, half the cup's width; its middle is as far below the opening
+    HALF = 0.05  # m, half the cup's width, and from the opening down to the cup's middle
     BALL = 0.025  # m, radius
     # m. State 0 of the ball is the string's length below this height. The string is tied to the
     # cup at 0.492 m. The 8 mm between come from the model of DeepMind Control.
@@ -990,12 +992,15 @@ class Walker(MujocoTask):
     | index | observation | unit |
     |---|---|---|
     | 0 | height of the torso | m |
-    | 1 – 14 | cosine and sine of each body's angle: torso; right thigh, leg, foot; left | – |
+    | 1, 2 | cosine and sine of the torso's angle | – |
+    | 3 – 8 | cosine and sine of the angles of the right thigh, leg and foot | – |
+    | 9 – 14 | cosine and sine of the angles of the left thigh, leg and foot | – |
     | 15, 16 | velocities z, x of the torso | m/s |
     | 17 | velocity of the torso's angle | rad/s |
-    | 18 – 23 | velocities of the right hip, knee, ankle; left | rad/s |
+    | 18 – 20 | velocities of the right hip, knee and ankle | rad/s |
+    | 21 – 23 | velocities of the left hip, knee and ankle | rad/s |
 
-    State: z (from 1.3 m), x, angle of the torso, six joints, then their velocities.
+    State: z of the torso (0 at 1.3 m), its x and angle, the six joints, then all velocities.
     Action: torques of the six joints, each in [-1, 1], in units of the motor's gear.
     Reward, in [0, 1]: (3 standing + upright)/4 · (5 moving + 1)/6. Standing is 1 where the torso
     is 1.2 m high or more, and falls as `near` below. Upright is (1 + cosine of the torso's
@@ -1081,7 +1086,7 @@ class Walker(MujocoTask):
 
 
 # --------------------------------------------------------------------------------------------------
-# Gymnasium: its locomotion tasks, never terminating, and any other environment
+# Gymnasium: its locomotion tasks without terminal states, and any other environment
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1183,10 +1188,10 @@ class BadEnvironment(ValueError):
 
 
 class GymnasiumTask(Task):
-    """An environment of Gymnasium without terminal states, whose actuators are what is hidden.
+    """An environment of Gymnasium without terminal states. The context changes its actuators.
 
-    Observation, reward and start are those of the environment. An action of -1 ... 1 spans its
-    bounds. Context: actuator_strength and action_factor, which multiply the action, without a unit.
+    Observation, reward and start are those of the environment. Actions in [-1, 1] are rescaled to
+    its bounds. Context: actuator_strength and action_factor multiply the action, without a unit.
     The physical state can neither be read nor set. `gymnasium_spec` makes the class for an id.
     """
 
@@ -1787,6 +1792,7 @@ def check_spec(env_id, spec):
 
 
 def check_dim(dim):
+    """ValueError, if the name or the ranges of a ContextDim mean nothing."""
     if dim.name in RESERVED or not str(dim.name).isidentifier():
         raise ValueError(f"context {dim.name!r}: the name is reserved, or no identifier")
     for value in (dim.default, *dim.train, *(dim.extrapolation or ())):
@@ -1836,8 +1842,8 @@ def full_context(env_id, context, base=None):
     A dimension that it does not name has its value in `base`, or else its default.
     """
     dims = {dim.name: dim for dim in lookup(env_id).context}
-    kind = "context, or unexpected keyword argument"
-    check_names(kind, named("context", context), list(dims), UnknownContext)
+    what = "context, or unexpected keyword argument"
+    check_names(what, named("context", context), list(dims), UnknownContext)
     values = (base or {}) | context
     return {name: allowed_value(dim, values.get(name, dim.default)) for name, dim in dims.items()}
 
