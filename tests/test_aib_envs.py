@@ -622,15 +622,15 @@ def test_vector_env_goes_on_from_a_saved_state(steps):
     def play(envs):
         seen = []
         if steps is not None:
-            seen = [envs.step(np.full((2, 1), 0.3))[0] for _ in range(5)]
-        return [*seen, envs.reset(), envs.step(np.full((2, 1), 0.3))[0]]
+            seen = [envs.step(push)[0] for _ in range(5)]
+        return [*seen, envs.reset(), envs.step(push)[0]]
 
-    contexts = [{}, {"length": 0.8}]
+    contexts, push = [{}, {"length": 0.8}], np.full((2, 1), 0.3)
     envs, other = (VectorEnv("cartpole_inv", contexts, seed=seed) for seed in (3, 4))
     if steps is not None:
         envs.reset()
         for _ in range(steps):
-            envs.step(np.full((2, 1), -0.5))
+            envs.step(-push)
     state = envs.state_dict()
     other.load_state_dict(state)
     assert_array_equal(play(other), play(envs))
@@ -1132,8 +1132,6 @@ def test_random_contexts_and_contexts_that_are_told(env_id):
     assert len(set(drawn)) > 4 and tuple(told.reset(seed=3)[1]["context"].values()) == drawn[0]
     fixed = sets["train"][0]
     assert told.reset(options={"context": fixed})[1]["context"] == fixed
-    double = AddContext(gymnasium.wrappers.DtypeObservation(make(env_id), np.float64))
-    assert double.reset(seed=0)[0] in double.observation_space
 
 
 def test_random_contexts_of_ranges_are_uniform_and_of_the_seed():
@@ -1161,6 +1159,11 @@ def test_a_random_context_and_state_are_independent():
         pairs.append((s[0], info["context"]["c0"]))
     assert abs(np.corrcoef(np.transpose(pairs))[0, 1]) < 0.15
     assert len({c0 for _, c0 in pairs}) > 15
+
+
+def test_a_told_context_keeps_the_type_of_its_space():
+    env = AddContext(gymnasium.wrappers.DtypeObservation(make("di_inv"), np.float64))
+    assert env.reset(seed=0)[0] in env.observation_space
 
 
 @pytest.mark.parametrize("told", [False, True])
