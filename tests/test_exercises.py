@@ -5,6 +5,7 @@ that it is about.
 """
 
 import ast
+import codeop
 import csv
 import re
 import shlex
@@ -162,6 +163,17 @@ def test_each_step_of_the_walk_is_a_command_or_at_most_six_lines():
     for step in steps[1:]:
         lines = [text.splitlines() for language, text in BLOCK.findall(step) if language != "text"]
         assert sum(map(len, lines)) <= 6 or "(Pdb)" in step, step
+
+
+def test_each_block_of_the_walk_can_be_typed_at_the_prompt_of_python():
+    """There a blank line ends a loop, and nothing else does."""
+    for text in [text for language, text in WALK if language == "python"]:
+        typed = []
+        for line in [*text.splitlines(), ""]:
+            typed.append(line)
+            if codeop.compile_command("\n".join(typed)) is not None:
+                typed = []
+        assert typed == [], text
 
 
 # ---- Grade 2: stubs, bugs -----------------------------------------------------------------------
