@@ -41,6 +41,17 @@ def ladder():
     return {name: [float(cell) for cell in cells] for name, *cells in rows}
 
 
+def test_terminal_shows_what_the_program_prints(capsys, monkeypatch):
+    """The same lines but for their numbers, since one episode a context is enough here."""
+    monkeypatch.chdir(ROOT)
+    shown = re.search(r"```text\n\$ python dmash\.py (.*?)\n(.*?)```", README, re.DOTALL)
+    assert dmash.main([*shlex.split(shown[1]), "--rollouts", "1"]) == 0
+    printed = capsys.readouterr().out
+    first, *_ = shown[2].splitlines()
+    assert printed.splitlines()[0] == first
+    assert re.sub(r"[\d.]+", "0", printed) == re.sub(r"[\d.]+", "0", shown[2])
+
+
 @pytest.mark.parametrize("i", range(len(SNIPPETS)))
 def test_snippets_run(i, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -57,7 +68,7 @@ def test_the_loop_of_ones_own_survives_the_reversed_motor(monkeypatch):
 
 def test_commands_have_flags_that_exist():
     commands = re.findall(r"`(python dmash\.py [^`]*)`", README)
-    assert len(commands) >= 4
+    assert len(commands) >= 3
     for command in commands:
         words = shlex.split(command)[2:]
         given = vars(dmash.build_parser().parse_args(words))
