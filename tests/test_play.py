@@ -402,7 +402,7 @@ def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(tmp_p
     assert [force for force in run["pushed"] if force] == [0.4, -0.4]
     assert run["said"][0] == "The pole stands. Now flip the motor."
     assert run["said"][5] == (
-        f"The motor was flipped 100 steps ago. z followed after {run['crossed'][0]} steps."
+        f"The motor was flipped 100 steps ago. z crossed over after {run['crossed'][0]}."
     )
     assert run["said"][9] == "You pushed the pole in its middle."
     controls = report["controls"]
@@ -422,7 +422,10 @@ def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(tmp_p
         "window after reset": [128, 128],
         "freeze": [False, True],
         "omega while frozen": [True],
+        "z while frozen": [False],
+        "freeze button": ["Stop inferring: freeze ω", "Infer ω again"],
         "omega afterwards": [False],
+        "after freezing": ["You let it infer ω again 1 step ago."],
         "drag": [0, 0.2],
         "release": [0.2, 0],
         "other motor": [True, False],
@@ -435,9 +438,18 @@ def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(tmp_p
         "after the turn": [True, False],
     }
     assert {name: controls[name] for name in changes} == changes
+    assert controls["reset with the motor reversed"] == [
+        "The pole stands, with the motor still reversed. Now flip it back."
+    ]
+    assert controls["told of a pull"] == ["You pushed the pole in its middle."]
+    flipped, lines = controls["a flip while frozen"]
+    assert "but ω is frozen" in lines[0] and re.search(r"z crossed over after \d+", lines[0])
+    assert flipped == [True, True]  # z crosses over, the pole falls
+    assert lines[1].endswith("The pole is still down.")
     assert "1.20 m, outside of what training showed" in controls["told"][0]
     agent, reader = controls["scores"]
-    assert agent > reader > 0
+    assert agent > 800 and 0 < reader < 200  # the reader's points end with the fall
+    assert controls["points at the fall"][0] == pytest.approx(reader)
     words = f"You got {reader:.0f} points, the agent {agent:.0f} of 1000. Your pole fell after"
     assert controls["verdict"][0].startswith(words)
     *clock, after_an_hour = report["clock"]
