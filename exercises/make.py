@@ -6,7 +6,7 @@
     python exercises/make.py mark class/*/hunt --tasks bug
 
 README.md, beside this file, says what the exercises are. Marking takes about five seconds for each
-task of each folder.
+task of each folder, and longer on a busy computer.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from bugs import BUGS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TIME_LIMIT = 60  # seconds for the tests of one task
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+FORBIDDEN = ["pytest", "unittest", "sys.modules"]  # with them a student's file could alter tests
 
 STUBS = {  # function or class of dmash.py: the tests of test_dmash.py that say when it is right
     "avg_l1_norm": ["test_avg_l1_norm_by_hand"],
@@ -65,7 +65,8 @@ TASKS = STUBS | {"bug": sorted({bug.test for bug in BUGS.values()})}
 
 
 def read(folder):
-    return (folder / "dmash.py").read_text(encoding="utf8")
+    """The text of dmash.py. Some editors on Windows begin a file with a byte-order mark."""
+    return (folder / "dmash.py").read_text(encoding="utf-8-sig")
 
 
 # ---- Stubs and bugs -----------------------------------------------------------------------------
@@ -129,15 +130,17 @@ def make_stubs(names, folder):
         source = stub(source, name)
         tests += [f"{folder}/test_dmash.py::{test}" for test in STUBS[name]]
     hand_out(folder, source, with_tests=True)
-    print(f"{folder}/dmash.py: fill in {', '.join(names)}. When this passes, you are right:")
+    print(f"{folder}/dmash.py: fill in {', '.join(names)}.")
+    print("Only what stands inside is marked: no helper, import or constant outside counts.")
+    print("When this passes, you are right:")
     print(shlex.join(["python", "-m", "pytest", "-q", *tests]))
 
 
-def make_bugs(name, folder):
+def make_bugs(name, folder, seed):
     """Without tests, which would tell the bug at once."""
     names, folders = [name], [folder]
     if name == "random":
-        names = [random.choice(list(BUGS))]
+        names = [random.Random(seed).choice(list(BUGS))]
     if name == "all":
         names = list(BUGS)
         folders = [folder / f"{number:02}" for number in range(1, len(BUGS) + 1)]
@@ -159,16 +162,19 @@ def transplant(source, name):
 
 
 def cases_of(tests):
-    """The names of all cases of these tests: a parametrised test has several."""
+    """The names of all cases of these tests, in order: a parametrised test has several."""
     command = [*PYTEST, "--collect-only", *(f"test_dmash.py::{test}" for test in tests)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"your own files are broken:\n{done.stdout}")
-    return {line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line}
+    return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
 
 
-def passing(source, tests):
-    """The names of the cases that pass. They run on this source in a process of their own."""
+def passing(source, tests, timeout):
+    """The names of the cases that pass, and what stopped the tests ("" if nothing did).
+
+    They run on this source in a process of their own.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         place = Path(folder) / "marked"
         hand_out(place, source, with_tests=True)
@@ -176,8 +182,11 @@ def passing(source, tests):
         command = [*PYTEST, f"--junitxml={report}", *(f"test_dmash.py::{test}" for test in tests)]
         silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         process = subprocess.Popen(command, cwd=place, start_new_session=True, **silent)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(TIME_LIMIT)
+        problem = "crashed"
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            problem = "timed out"
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
         process.wait()
@@ -185,43 +194,71 @@ def passing(source, tests):
         try:
             [suite] = ElementTree.parse(report).iter("testsuite")
         except (OSError, ElementTree.ParseError, ValueError):
-            return set()
+            return set(), problem
     cases = suite.findall("testcase")
     if suite.get("tests") != str(len(cases)):  # pytest.exit() left one of them
-        return set()
-    return {case.get("name") for case in cases if len(case) == 0}  # else: a failure or a skip
+        return set(), "crashed"
+    if [case.get("name") for case in cases] == ["test_dmash"]:  # the file of the tests itself
+        return set(), "import failed"
+    passed = {case.get("name") for case in cases if len(case) == 0}  # else: a failure or a skip
+    return passed, ""
 
 
-def mark(folder, task, cases):
-    """How many of the cases pass on a student's dmash.py."""
+def mark(folder, task, cases, timeout):
+    """How many of the cases pass on a student's dmash.py, and the reason if not all do."""
     try:
         source = read(folder)
         if task != "bug":
             source = transplant(source, task)
-    except Exception:  # whatever a student's file makes the reader raise
-        return 0
-    return len(cases & passing(source, TASKS[task]))
+        code = ast.unparse(ast.parse(source))  # without comments, which may name anything
+    except OSError:
+        return 0, "no dmash.py"
+    except KeyError:
+        return 0, f"no {task} in dmash.py"
+    except Exception:  # whatever else a student's file makes the reader raise
+        return 0, "not Python"
+    for word in FORBIDDEN:
+        if code.count(word) > read(ROOT).count(word):
+            return 0, f"names {word}"
+    passed, reason = passing(source, TASKS[task], timeout)
+    failed = [case for case in cases if case not in passed]
+    if failed and reason == "":
+        reason = failed[0]
+    return len(cases) - len(failed), reason
 
 
-def print_marks(folders, tasks, as_csv):
+def print_marks(folders, tasks, as_csv, timeout):
     """A row for each task of each folder. Returns the exit status: 0 if all tests pass."""
+    for folder in folders:
+        if not folder.is_dir():
+            print(f"{folder}: no such folder", file=sys.stderr)
+            return 2
     cases = {task: cases_of(TASKS[task]) for task in tasks}
-    status, show = 0, print_aligned
-    if as_csv:
-        show = csv.writer(sys.stdout, lineterminator="\n").writerow
-    show(["folder", "task", "passed", "points"])
+    width = max(len(str(folder)) for folder in ["folder", *folders])
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+
+    def show(folder, *row):
+        if as_csv:
+            writer.writerow([folder, *row])
+        else:
+            print(f"{folder!s:{width}}", "{:15} {:>8} {:>7}  {}".format(*row), flush=True)
+
+    status = 0
+    show("folder", "task", "passed", "points", "reason")
     for folder in folders:
         for task in tasks:
-            passed = mark(folder, task, cases[task])
+            passed, reason = mark(folder, task, cases[task], timeout)
             points = 1
             if passed < len(cases[task]):
                 points, status = 0, 1
-            show([folder, task, f"{passed} of {len(cases[task])}", points])
+            show(folder, task, f"{passed} of {len(cases[task])}", points, reason)
     return status
 
 
-def print_aligned(row):
-    print("{!s:30} {:15} {:>8} {:>7}".format(*row), flush=True)
+def task_name(word):
+    if word not in TASKS:
+        raise argparse.ArgumentTypeError(f"{word} is no task. Folders stand before --tasks")
+    return word
 
 
 def main():
@@ -233,17 +270,22 @@ def main():
     command = commands.add_parser("bug", help="one silent bug, to be found")
     command.add_argument("name", choices=[*BUGS, "all", "random"])
     command.add_argument("--out", type=Path, required=True, help="a new folder; all: one for each")
-    command = commands.add_parser("mark", help="run the tests of this folder's repository")
+    command.add_argument("--seed", type=int, help="of random: the same seed, the same bug")
+    usage = "%(prog)s FOLDER [FOLDER ...] --tasks TASK [TASK ...] [--timeout SECONDS] [--csv]"
+    command = commands.add_parser("mark", help="run this repository's tests", usage=usage)
     command.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    command.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    command.add_argument("--tasks", nargs="+", type=task_name, required=True, help=", ".join(TASKS))
+    command.add_argument(
+        "--timeout", type=float, default=60, help="seconds on the clock for a task (60)"
+    )
     command.add_argument("--csv", action="store_true", help="print a CSV table")
     given = parser.parse_args()
     if given.command == "stub":
         make_stubs(given.names, given.out)
     if given.command == "bug":
-        make_bugs(given.name, given.out)
+        make_bugs(given.name, given.out, given.seed)
     if given.command == "mark":
-        return print_marks(given.folders, given.tasks, given.csv)
+        return print_marks(given.folders, given.tasks, given.csv, given.timeout)
     return 0
 
 

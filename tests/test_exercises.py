@@ -33,6 +33,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)  # language, text
 GRADE_1, _, GRADES_2_3 = PAGE.partition("## Grade 2")
 WALK = BLOCK.findall(GRADE_1)
 AGENT = ROOT / "results" / "agent"
+LIMIT = 60  # seconds for the tests of one task
 
 
 EVERY_TEST = sorted({test for tests in make.TASKS.values() for test in tests})
@@ -57,16 +58,16 @@ def jobs(tmp_path_factory):
     if AGENT.is_dir():
         folder = tmp_path_factory.mktemp("walk") / "repository"
         jobs["walk"] = pool.submit(run_walk, folder)
-    jobs["sound"] = pool.submit(make.passing, SOUND, EVERY_TEST)
+    jobs["sound"] = pool.submit(make.passing, SOUND, EVERY_TEST, LIMIT)
     for name, tests in make.STUBS.items():
-        jobs[f"stub {name}"] = pool.submit(make.passing, make.stub(SOUND, name), tests)
+        jobs[f"stub {name}"] = pool.submit(make.passing, make.stub(SOUND, name), tests, LIMIT)
     for name, bug in make.BUGS.items():
-        jobs[f"bug {name}"] = pool.submit(make.passing, make.plant(SOUND, bug), [bug.test])
+        jobs[f"bug {name}"] = pool.submit(make.passing, make.plant(SOUND, bug), [bug.test], LIMIT)
     [test] = make.STUBS["adapter"]
     for name, line in CHEATS.items():
-        jobs[f"cheat {name}"] = pool.submit(make.passing, cheat(line), [test])
+        jobs[f"cheat {name}"] = pool.submit(make.passing, cheat(line), [test], LIMIT)
     at_once = "import os\nos._exit(0)\n"
-    jobs["cheat at once"] = pool.submit(make.passing, at_once, [test])
+    jobs["cheat at once"] = pool.submit(make.passing, at_once, [test], LIMIT)
     yield jobs
     pool.shutdown(cancel_futures=True)
 
@@ -190,13 +191,13 @@ def cases():
 
 
 def test_every_task_is_passed_by_the_sound_code(jobs, cases):
-    assert jobs["sound"].result() == set().union(*cases.values())
+    assert jobs["sound"].result() == (set().union(*cases.values()), "")
 
 
 @pytest.mark.parametrize("name", make.STUBS)
 def test_a_stub_fails_every_test_of_its_task(name, jobs, cases):
     assert all(cases[test] for test in make.STUBS[name])
-    assert jobs[f"stub {name}"].result() == set()
+    assert jobs[f"stub {name}"].result() == (set(), "")
 
 
 def functions(source):
@@ -232,7 +233,9 @@ def test_a_stub_keeps_signature_and_docstring_and_all_other_functions(task):
 
 @pytest.mark.parametrize("name", make.BUGS)
 def test_a_bug_is_noticed_by_its_test(name, jobs, cases):
-    assert jobs[f"bug {name}"].result() < cases[make.BUGS[name].test]
+    passed, problem = jobs[f"bug {name}"].result()
+    assert passed < cases[make.BUGS[name].test]
+    assert problem == ""
 
 
 @pytest.mark.parametrize("name", make.BUGS)
@@ -317,29 +320,60 @@ FILES = ["aib_envs.py", "dmash.py", "point.py"]
 
 @pytest.mark.parametrize("name", [*CHEATS, "at once"])
 def test_code_that_avoids_the_tests_passes_none(name, jobs):
-    assert jobs[f"cheat {name}"].result() == set()
+    passed, problem = jobs[f"cheat {name}"].result()
+    assert passed == set()
+    if name == "skips":
+        assert problem == ""
+    else:
+        assert problem == "crashed"
 
 
-def test_an_endless_loop_is_stopped_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(make, "TIME_LIMIT", 8)
+def test_an_endless_loop_is_stopped_with_its_children(tmp_path):
     beat = tmp_path / "beat"
     child = f"while sleep 0.2; do touch {shlex.quote(str(beat))}; done"
     source = f"import subprocess\nsubprocess.Popen({child!r}, shell=True)\nwhile True:\n    pass\n"
     begin = time.perf_counter()
-    assert make.passing(source, make.STUBS["adapter"]) == set()
+    assert make.passing(source, make.STUBS["adapter"], 8) == (set(), "timed out")
     assert time.perf_counter() - begin < 40
     beat.unlink(missing_ok=True)
     time.sleep(1)
     assert not beat.exists()
 
 
-@pytest.mark.parametrize("text", ["def adapter(:", "x = 1", "\0", "ä".encode("latin1")])
-def test_a_file_that_cannot_be_used_passes_nothing(text, tmp_path):
-    if isinstance(text, str):
-        text = text.encode()
-    assert make.mark(tmp_path, "adapter", {"a case"}) == 0  # no file yet
+UNUSABLE = {
+    b"def adapter(:": "not Python",
+    b"x = 1": "no adapter in dmash.py",
+    b"\0": "not Python",
+    "ä".encode("latin1"): "not Python",
+}
+
+
+@pytest.mark.parametrize("text", UNUSABLE)
+def test_a_file_that_cannot_be_used_passes_nothing_and_says_why(text, tmp_path):
+    assert make.mark(tmp_path, "adapter", ["a case"], LIMIT) == (0, "no dmash.py")
     (tmp_path / "dmash.py").write_bytes(text)
-    assert make.mark(tmp_path, "adapter", {"a case"}) == 0
+    assert make.mark(tmp_path, "adapter", ["a case"], LIMIT) == (0, UNUSABLE[text])
+
+
+ALTERING = {
+    "import _pytest.python; _pytest.python.Function.runtest = lambda self: None": "pytest",
+    "__import__('unittest').TestCase": "unittest",
+    "sys.modules['test_dmash'] = None": "sys.modules",
+}
+
+
+@pytest.mark.parametrize("line", ALTERING)
+def test_code_that_could_alter_the_tests_is_refused(line, tmp_path):
+    """The first of them passes all tests where it is run."""
+    expected = (0, f"names {ALTERING[line]}")
+    (tmp_path / "dmash.py").write_text(f"{SOUND}\n{line}\n", encoding="utf8")
+    assert make.mark(tmp_path, "bug", ["a case"], LIMIT) == expected
+    (tmp_path / "dmash.py").write_text(cheat(line), encoding="utf8")
+    assert make.mark(tmp_path, "adapter", ["a case"], LIMIT) == expected
+
+
+def test_a_file_that_cannot_be_imported_is_told_from_a_wrong_one():
+    assert make.passing("1 / 0", make.STUBS["adapter"], LIMIT) == (set(), "import failed")
 
 
 def test_one_task_is_marked_without_the_others():
@@ -353,19 +387,21 @@ def test_one_task_is_marked_without_the_others():
 def test_a_repaired_bug_is_marked_as_a_whole_file(tmp_path, monkeypatch):
     seen = []
 
-    def passing(source, tests):
-        seen.append((source, tests))
-        return {"one", "two"}
+    def passing(source, tests, timeout):
+        seen.append((source, tests, timeout))
+        return {"one", "two"}, ""
 
     monkeypatch.setattr(make, "passing", passing)
-    (tmp_path / "dmash.py").write_text("anything", encoding="utf8")
-    assert make.mark(tmp_path, "bug", {"one", "two", "three"}) == 2
-    assert seen == [("anything", make.TASKS["bug"])]
+    text = "anything  # with pytest"
+    (tmp_path / "dmash.py").write_text(text, encoding="utf-8-sig")  # with a byte-order mark
+    assert make.mark(tmp_path, "bug", ["one", "three", "two", "four"], 9) == (2, "three")
+    assert seen == [(text, make.TASKS["bug"], 9)]
     assert make.TASKS["bug"] == sorted({bug.test for bug in make.BUGS.values()})
 
 
 def test_a_class_is_marked_by_the_tests_of_the_teacher(tmp_path):
     """One right, one wrong, and one that edits its tests and leaves with status 0."""
+    [test] = make.STUBS["adapter"]
     for name, source in (("ann", SOUND), ("bob", EMPTY), ("eve", cheat("os._exit(0)"))):
         make.hand_out(tmp_path / name, source, with_tests=True)
     (tmp_path / "eve" / "test_dmash.py").write_text("def test_all():\n    pass\n")
@@ -373,16 +409,50 @@ def test_a_class_is_marked_by_the_tests_of_the_teacher(tmp_path):
     done = command("mark", *folders, "--tasks", "adapter", "--csv")
     assert done.returncode == 1
     assert list(csv.reader(done.stdout.splitlines())) == [
-        ["folder", "task", "passed", "points"],
-        [str(folders[0]), "adapter", "2 of 2", "1"],
-        [str(folders[1]), "adapter", "0 of 2", "0"],
-        [str(folders[2]), "adapter", "0 of 2", "0"],
+        ["folder", "task", "passed", "points", "reason"],
+        [str(folders[0]), "adapter", "2 of 2", "1", ""],
+        [str(folders[1]), "adapter", "0 of 2", "0", f"{test}[1]"],
+        [str(folders[2]), "adapter", "0 of 2", "0", "crashed"],
     ]
     done = command("mark", folders[0], "--tasks", "adapter")
     assert done.returncode == 0
     header, adapter = [line.split() for line in done.stdout.splitlines()]
-    assert header == ["folder", "task", "passed", "points"]
+    assert header == ["folder", "task", "passed", "points", "reason"]
     assert adapter == [str(folders[0]), "adapter", "2", "of", "2", "1"]
+
+
+def test_a_wrong_mark_command_is_an_error_before_anything_is_run(tmp_path):
+    gone = tmp_path / "gone"
+    done = command("mark", tmp_path, gone, "--tasks", "adapter")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{gone}: no such folder\n")
+    done = command("mark", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith("the following arguments are required: --tasks\n")
+    done = command("mark", "--tasks", "adapter", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"{tmp_path} is no task. Folders stand before --tasks\n")
+
+
+def test_columns_stand_under_their_names_for_any_length_of_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = [Path("a"), Path("long" * 15)]
+    for folder in folders:
+        folder.mkdir()
+    assert make.print_marks(folders, ["sim_norm"], as_csv=False, timeout=LIMIT) == 1
+    header, *rows = capsys.readouterr().out.splitlines()
+    for row in rows:
+        assert row.index("sim_norm") == header.index("task")
+        assert row.index("no dmash.py") == header.index("reason")
+
+
+def test_a_seed_draws_the_same_bug_again_and_seeds_draw_many(tmp_path):
+    drawn = []
+    for seed in (*range(10), *range(10)):
+        folder = tmp_path / str(len(drawn))
+        make.make_bugs("random", folder, seed)
+        drawn.append(make.read(folder))
+    assert drawn[:10] == drawn[10:]
+    assert len(set(drawn)) >= 4
 
 
 # ---- Grade 3 ------------------------------------------------------------------------------------
