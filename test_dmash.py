@@ -11,7 +11,6 @@ the command line are in tests/.
 
 import csv
 import dataclasses
-import gc
 import inspect
 import itertools
 import math
@@ -252,8 +251,8 @@ def test_encoder_equals_a_step_by_step_lstm(method):
 
 def standardised(x):
     """Mean 0 and variance 1 over the last axis, with LayerNorm's 1e-5."""
-    x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    spread = x.var(-1, correction=0, keepdim=True)
+    return (x - x.mean(-1, keepdim=True)) / (spread + 1e-5) ** 0.5
 
 
 def pearl_code(g, tau):
@@ -539,7 +538,7 @@ def sizes_by_hand(row):
         lstm = 4 * 32 * (32 + 32 + 2)
         sizes["g"] = 32 * (2 * D_S + D_A) + lstm + 8 * 32
         if row.kl:  # the variance's layer, and two layer norms
-            sizes["g"] += 8 * 32 + 2 * (8 + 8)
+            sizes["g"] += 8 * 32 + 32
     if row.f != "none":
         sizes["f"] = network_size(D_S + D_A, D_S, row.f, row, d_z)
     if row.hypernetwork == "shared":
@@ -1665,19 +1664,3 @@ def test_run_learns_the_dynamics_and_reads_the_sign_of_the_motors():
         wrong = dmash.dynamics_loss(agent.f, agent.h(other), batch)
     nothing_moves = batch.ds.square().mean()
     assert right < 0.1 * nothing_moves < nothing_moves < wrong
-
-
-@pytest.mark.parametrize("method", ["dma_star_sh", "dma_star_h"])
-def test_run_leaves_no_tensors_behind(method, tmp_path):
-    """They would pin the memory that is freed around them."""
-    run = dmash.Run(small_config(method=method), tmp_path)
-
-    def tensors_after_four_steps():
-        for _ in range(4):
-            run.gradient_step()
-        gc.collect()
-        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
-
-    for _ in range(30):
-        run.rollout.collect(random=True)
-    assert tensors_after_four_steps() == tensors_after_four_steps()

@@ -5,6 +5,7 @@ A run that was disturbed must equal, bit for bit, one that was not.
 
 import csv
 import dataclasses
+import gc
 import io
 import itertools
 import json
@@ -1195,13 +1196,20 @@ def test_a_policy_of_a_method_that_must_be_told_is_refused(short_episodes, tmp_p
 AGENT = ROOT / "results/agent/policy.pt"
 
 
-def test_the_agent_in_the_repository_knows_both_wirings(full_episodes):
-    """Beyond the train range of lengths, too."""
-    cfg, agent = dmash.load_policy(AGENT)
-    contexts = [{"length": x, "action_factor": f} for x in (0.4, 1.0) for f in (1, -1)]
-    returns, _ = dmash.evaluate(agent, cfg, contexts)
-    assert AGENT.stat().st_size < 5e6
-    assert returns.min() > 800, returns
+@pytest.mark.parametrize("method", ["dma_star_sh", "dma_star_h"])
+def test_run_leaves_no_tensors_behind(method, tmp_path):
+    """They would pin the memory that is freed around them."""
+    run = dmash.Run(dmash.Config(**SMALL, method=method), tmp_path)
+
+    def tensors_after_four_steps():
+        for _ in range(4):
+            run.gradient_step()
+        gc.collect()
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    for _ in range(30):
+        run.rollout.collect(random=True)
+    assert tensors_after_four_steps() == tensors_after_four_steps()
 
 
 def test_a_pole_stays_up_when_the_motor_flips(full_episodes):
