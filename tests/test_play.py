@@ -297,6 +297,7 @@ def test_the_page_holds_the_agents_and_the_environment(tmp_path, capsys):
     text = out.read_text(encoding="utf-8")
     assert "{{" not in text and len(text) < 4e6 and f"{len(text.encode()) / 1e6:.2f} MB" in said
     data = data_of(text)
+    assert len(data["rewards"]) == 2
     assert [agent["method"] for agent in data["agents"]] == ["DMA*-SH", "Concat"]
     mass, swap = data["dims"]
     assert mass == {"name": "mass", "usual": 1.0, "train": [0.5, 1.5], "all": [0.1, 2.0]}
@@ -339,6 +340,18 @@ def test_codes_and_the_cost_of_float16_as_found_one_context_at_a_time():
     for code, of_wiring in zip(codes, (means[1.0], means[-1.0]), strict=True):
         np.testing.assert_allclose(code, torch.stack(of_wiring).mean(0), rtol=0, atol=1e-5)
     assert 0 < cost == pytest.approx(max(changes), abs=1e-6)
+
+
+@pytest.mark.parametrize("env", play.ENVIRONMENTS)
+def test_mean_rewards_are_told_apart_by_wiring(env, monkeypatch):
+    def evaluate(agent, cfg, contexts):
+        wirings = [(context.get("action_factor"), context.get("swap")) for context in contexts]
+        usual = [wiring in [(1, None), (None, 0)] for wiring in wirings]
+        returns = np.where(usual, 0.25, 0.75) * aib_envs.VectorEnv(env, contexts, seed=0).horizon
+        return returns[:, None], None
+
+    monkeypatch.setattr(dmash, "evaluate", evaluate)
+    assert play.mean_rewards(new_agent("dr", env)) == pytest.approx([0.25, 0.75])
 
 
 def test_what_the_page_cannot_show_is_refused_in_one_line(tmp_path, capsys):
@@ -402,7 +415,7 @@ def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(tmp_p
     assert [force for force in run["pushed"] if force] == [0.4, -0.4]
     assert run["said"][0] == "The pole stands. Now flip the motor."
     assert run["said"][5] == (
-        f"The motor was flipped 100 steps ago. z crossed over after {run['crossed'][0]}."
+        f"The motor was flipped 100 steps ago. z crossed over after {run['crossed'][0]} steps."
     )
     assert run["said"][9] == "You pushed the pole in its middle."
     controls = report["controls"]
@@ -441,9 +454,17 @@ def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(tmp_p
     assert controls["reset with the motor reversed"] == [
         "The pole stands, with the motor still reversed. Now flip it back."
     ]
+    learned = tuple(reward > 0.8 for reward in data_of(PAGE.read_text("utf-8"))["rewards"])
+    ends = {
+        (True, True): "is told neither.",
+        (True, False): "balance with one only: motor as usual.",
+        (False, True): "balance with one only: motor reversed.",
+        (False, False): "never learned to balance either.",
+    }
+    assert controls["beside"][0].endswith(ends[learned])
     assert controls["told of a pull"] == ["You pushed the pole in its middle."]
     flipped, lines = controls["a flip while frozen"]
-    assert "but ω is frozen" in lines[0] and re.search(r"z crossed over after \d+", lines[0])
+    assert "but ω is frozen" in lines[0] and re.search(r"z crossed over after \d+ steps", lines[0])
     assert flipped == [True, True]  # z crosses over, the pole falls
     assert lines[1].endswith("The pole is still down.")
     assert "1.20 m, outside of what training showed" in controls["told"][0]
