@@ -477,3 +477,7 @@ def test_the_commands_of_the_page_are_those_of_the_programs(registered, tmp_path
 def test_the_page_names_every_stub_and_no_bug():
     assert re.findall(r"^\| `([\w.]+)` \|", PAGE, re.M) == list(make.STUBS)
     assert not any(f"`{name}`" in PAGE for name in make.BUGS)
+
+
+def test_the_page_tells_how_many_cases_mark_a_bug():
+    assert f"{len(make.cases_of(make.TASKS['bug']))} cases in all" in PAGE
