@@ -35,9 +35,11 @@ walker_gym        gravity, actuator_strength 1000 overlapping        128 500000 
 hopper_gym        gravity, actuator_strength 1000 overlapping        128 500000 HopperGym
 di_signs          mass, sign_x, sign_y    100 non-overlapping         24 100000 -
 ode_1 ... ode_20 are as ode, with the contexts c0 ... c(k-1) in ode_k; the paper has ODE-k.
-The paper does not have di_signs: a pair of signs may be new although each sign was trained.
+The paper does not have di_signs. Its sets hold all four pairs of signs; to test a new pair, give
+contexts that leave one out.
 
-A context without an extrapolation range is binary: the two values of `train` are in every set.
+Below, a dimension of the context without an extrapolation range is binary: the sets use only the
+two values of `train`.
 
 context           first in       default train         extrapolation  unit
 mass              di_inv             1.0 (0.5, 1.5)    (0.1, 2.0)     kg
@@ -66,7 +68,9 @@ To add an environment, write a subclass of `Task` in a module, say my_module.py,
     SIGN_Z = aib_envs.ContextDim("sign_z", 1.0, (-1.0, 1.0))
     aib_envs.register("sliders", Sliders, [GAIN, SIGN_Z], 200, "non-overlapping")
 
-`python dmash.py --env my_module:sliders` trains on it. A context acts in one of three ways:
+`python dmash.py --env my_module:sliders` trains on it, and make("my_module:sliders") makes it. To
+add a context to an environment of this file, subclass its task and register a new id. self.c and
+`context` have the dimensions of the id only. A context acts in one of three ways:
 - `advance` reads self.c["gain"], an array with one value per instance;
 - a `MujocoTask` writes it into its model, in `xml` or `model`;
 - `multiplies` names the actuators whose action it multiplies, as for the new sign above.
@@ -256,7 +260,8 @@ class Task(ABC):
     high: Any = inf  # the largest observation: a number, or one per element
     low: Any = None  # the smallest one; None: the negative of the largest
     target_size = 0  # size of a target that `reset` of the environment may set
-    # The actuators whose action a context dimension multiplies; -1 inverts them.
+    # For each dimension that multiplies actions: its actuators, a slice or a list of numbers below
+    # d_a. -1 inverts them. Only dimensions that are registered act.
     multiplies: dict[str, Any] = {"action_factor": slice(None), "sign_x": [0], "sign_y": [1]}
 
     @abstractmethod
@@ -302,9 +307,10 @@ class Task(ABC):
                 self.signs[:, self.multiplies[name]] *= self.c[name][:, None]
 
     def with_contexts(self, contexts):
-        """A copy of this task in other contexts. It needs a state; this task does not change.
+        """A copy of this task in other contexts. It has no state until `set_state` or `reset`.
 
-        A context that cannot be built is a ValueError.
+        The copy is shallow and calls `build` again, so a task assigns new arrays and never writes
+        into old ones. A context that cannot be built is a ValueError.
         """
         other = copy.copy(self)
         # Not __init__ of the subclass: the copy keeps what does not depend on the contexts.
