@@ -1,5 +1,6 @@
 """Tests of studies/film.py, with small agents that were never trained."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -10,44 +11,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
 import film  # noqa: E402
+from untrained import refusal, save_untrained, untrained  # noqa: E402
 
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-SMALL = dict(
-    contexts=4, batch=16, threads=1, hidden=16, hyper_hidden=8, bottleneck=4, policy_average=0.01
-)
-
-
-def untrained(method, env="di_inv", **settings):
-    torch.manual_seed(0)
-    agent = dmash.new_agent(dmash.Config(env=env, method=method, **SMALL | settings))
-    agent.step = 0
-    return agent
-
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of an untrained run of a method."""
-
-    def save(method, env="di_inv"):
-        cfg = dmash.Config(env=env, method=method, out=str(tmp_path), **SMALL)
-        folder = dmash.run_folder(cfg)
-        folder.mkdir()
-        run = dmash.Run(cfg, folder)
-        run.inode = folder.stat().st_ino
-        run.save()
-        return folder
-
-    return save
-
-
-def refusal(program, arguments, capsys):
-    """What a study says when it refuses arguments: one line, and exit status 2."""
-    assert program.main(list(map(str, arguments))) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1, said
-    return said.err
+    return functools.partial(save_untrained, tmp_path)
 
 
 # ---- The film -----------------------------------------------------------------------------------
