@@ -122,3 +122,6 @@ def test_findings_are_those_of_the_tables(runs):
     assert f"earns {ours:.0f} and Concat, which is told the truth, {told:.0f}." in README
     behind = mean("dma_star", "ode", "mean") - mean("dma_star_sh", "ode", "mean")
     assert f"is {behind:.0f} points of 200 behind" in README
+    departed = [run for run in runs if run.departures == "same_index+terminal"]
+    concat = [run.last("mean") for run in departed if (run.env, run.method) == ("ode", "concat")]
+    assert f"cost Concat {mean('concat', 'ode', 'mean') - fmean(concat):.0f} of 200" in README
