@@ -1371,7 +1371,7 @@ def build_parser():
     """No argument has a default, so that one sees which were given."""
     options = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     options["formatter_class"] = argparse.RawDescriptionHelpFormatter
-    parser = Parser("dmash.py", usage="dmash.py [options]", description=EXAMPLES, **options)
+    parser = Parser("dmash.py", usage="%(prog)s [options]", description=EXAMPLES, **options)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="RUN", help="evaluate a run folder or a policy file")
     modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
