@@ -34,18 +34,16 @@ leaves these as they are: a string of .24 to .36 m beside a gravity of 8 to 12 m
     scaled       Each number of the true context goes from -1 to 1 over its train range.
 
 The names are a setting of the run, `departures`, and stand in the folder's name. So --resume and
---eval find them, and studies/compare.py sets the run beside the others. A name in the place of a
-method, such as `--method actor_into_eta`, stands for DMA*-SH with that departure.
+--eval find them, and studies/compare.py sets the run beside the others.
 """
 
-import argparse
-import contextlib
 import copy
 import functools
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -64,8 +62,7 @@ INTO_ETA = {  # which losses reach η
 }
 DEPARTURES = [*PUBLISHED, *INTO_ETA, "scaled"]
 
-plain_run_folder = dmash.run_folder  # as they are, whatever stands in their place later
-plain_evaluate = dmash.evaluate
+plain_run_folder, plain_evaluate = dmash.run_folder, dmash.evaluate
 
 # ---- Settings -----------------------------------------------------------------------------------
 
@@ -76,43 +73,28 @@ class Config(dmash.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        names = set(self.departures.split("+")) - {""}
+        if "published" in names:
+            names = names - {"published"} | set(PUBLISHED)
+        for name in sorted(names):
+            if name not in DEPARTURES:
+                allowed = ["published", *DEPARTURES]
+                raise dmash.BadInput(aib_envs.unknown("departure", name, allowed))
+        self.names = names
+        self.departures = "+".join(sorted(names))
+        if names == set(PUBLISHED):
+            self.departures = "published"
+        self.into_eta = {loss for name in names & INTO_ETA.keys() for loss in INTO_ETA[name]}
         if self.into_eta and dmash.METHODS[self.method].hypernetwork != "shared":
             raise dmash.BadInput(f"{self.departures}: {self.method} has no shared hypernetwork")
-
-    @property
-    def names(self):
-        """The departures, a set of names."""
-        if self.departures == "published":
-            return set(PUBLISHED)
-        return {name for name in self.departures.split("+") if name}
-
-    @property
-    def into_eta(self):
-        """The losses that reach η."""
-        return {loss for name in self.names & INTO_ETA.keys() for loss in INTO_ETA[name]}
-
-
-def setting_of(names):
-    """The setting `departures` of a list of names; BadInput if one of them is no departure."""
-    found = set()
-    for name in names:
-        if name == "published":
-            found.update(PUBLISHED)
-        elif name in DEPARTURES:
-            found.add(name)
-        else:
-            raise dmash.BadInput(aib_envs.unknown("departure", name, ["published", *DEPARTURES]))
-    if found == set(PUBLISHED):
-        return "published"
-    return "+".join(sorted(found))
 
 
 def run_folder(cfg):
     plain = plain_run_folder(cfg)
-    if not cfg.departures:
-        return plain
     method = f"__{cfg.method}"
-    return plain.with_name(plain.name.replace(method, f"{method}.{cfg.departures}", 1))
+    if cfg.departures:
+        plain = plain.with_name(plain.name.replace(method, f"{method}.{cfg.departures}", 1))
+    return plain
 
 
 # ---- Replay and rollout -------------------------------------------------------------------------
@@ -145,9 +127,8 @@ class Replay(dmash.Replay):
         oldest = max(0, self.t - self.capacity) + self.K
         times = torch.arange(oldest, self.t, device=self.rows.device)
         if "finished" in self.names:
-            last = times[self.ends[times % self.capacity]].tolist()[-1:]
-            finished = last[0] + 1 - oldest if last else 0
-            times = times[:finished]
+            ends = times[self.ends[times % self.capacity]]
+            times = times[times <= max(ends.tolist(), default=-1)]
         if "apart" in self.names:
             times = times[~self.warm_ups[times % self.capacity]]
         if len(times) == 0:
@@ -209,35 +190,34 @@ class Rollout(dmash.Rollout):
         return result
 
 
-def evaluate_from_same_start(agent, cfg, contexts, rollouts=1, seed=None):
-    """One rollout after the other, as all instances of a Rollout have the same initial states."""
+def evaluate(agent, cfg, contexts, rollouts=1, seed=None):
+    """With same_start, one rollout after the other: in each, all instances start alike."""
+    if "same_start" not in cfg.names:
+        return plain_evaluate(agent, cfg, contexts, rollouts, seed)
     seed = cfg.seed if seed is None else seed
     results = []
     for i in range(rollouts):
         results.append(plain_evaluate(agent, cfg, contexts, 1, seed + i * 2**32))
     returns, diverged = zip(*results)
-    return np.concatenate(returns, 1), np.concatenate(diverged, 1)
+    return np.hstack(returns), np.hstack(diverged)
 
 
 # ---- Policy and update --------------------------------------------------------------------------
 
 
-class EpsilonActor(dmash.Actor):
+class Actor(dmash.Actor):
+    """Draws the actions of dmash.Actor, and adds ε in their log-probability, if it is not 0."""
+
+    epsilon = 0
+
     def sample(self, s, omega):
+        if not self.epsilon:
+            return super().sample(s, omega)
         mu, log_std = self(s, omega)
         noise = torch.randn_like(mu)
         a = (mu + log_std.exp() * noise).tanh()
         log_prob_u = -(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2
-        return a, (log_prob_u - torch.log(1 - a**2 + 1e-6)).sum(-1)
-
-
-def through_pi_loss(pi, Q, alpha, omega, batch):
-    """The policy's loss, with ω a constant in the critics."""
-
-    def Q_of_constant(s, a, omega):
-        return Q(s, a, omega.detach())
-
-    return dmash.actor_loss(pi, Q_of_constant, alpha, omega, batch)
+        return a, (log_prob_u - torch.log(1 - a**2 + self.epsilon)).sum(-1)
 
 
 class Agent(dmash.Agent):
@@ -245,8 +225,10 @@ class Agent(dmash.Agent):
 
     def __init__(self, cfg, d_s, d_a, d_c):
         super().__init__(cfg, d_s, d_a, d_c)
-        self.names, self.into_eta = cfg.names, cfg.into_eta
-        for loss in self.into_eta:  # the same as an Adam of its own, which works weight by weight
+        self.names = cfg.names
+        if "epsilon" in self.names:
+            self.pi.epsilon = 1e-6
+        for loss in cfg.into_eta:  # the same as an Adam of its own, which works weight by weight
             eta = {"params": list(self.h.parameters()), "lr": cfg.dynamics_lr}
             self.optimizers[loss].add_param_group(eta)
 
@@ -254,9 +236,12 @@ class Agent(dmash.Agent):
         """What π and Q get in the named loss."""
         if "fresh" in self.names:
             z, omega = self.infer(batch.windows(), noisy=True, c=batch.c)
-        if loss in self.into_eta:
+        if loss in self.cfg.into_eta:
             return self.h(z.detach())
         return omega.detach()
+
+    def Q_of_constant(self, s, a, omega):
+        return self.Q(s, a, omega.detach())
 
     def update(self, batch, step):
         """As dmash.Agent.update."""
@@ -284,11 +269,11 @@ class Agent(dmash.Agent):
         optimizers["critic"].step()
 
         if step % 2 == 0:
-            actor_loss = through_pi_loss if "through_pi" in self.names else dmash.actor_loss
+            Q = self.Q_of_constant if "through_pi" in self.names else self.Q
             self.Q.requires_grad_(False)
             for _ in range(2):
                 told = self.omega_for("actor", batch, z, omega)
-                loss, log_prob = actor_loss(self.pi, self.Q, self.alpha, told, batch)
+                loss, log_prob = dmash.actor_loss(self.pi, Q, self.alpha, told, batch)
                 losses["actor_loss"] = loss.detach()
                 optimizers["actor"].zero_grad()
                 loss.backward()
@@ -314,66 +299,26 @@ class Agent(dmash.Agent):
 # ---- Command line -------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def departed(departures):
-    """In the block, dmash has the functions and classes of this file, as the setting asks."""
-    instead = {"Config": Config, "run_folder": run_folder}
-    instead |= {"Replay": Replay, "Rollout": Rollout, "Agent": Agent}
-    names = Config(departures=departures).names
-    if "same_start" in names:
-        instead["evaluate"] = evaluate_from_same_start
-    if "epsilon" in names:
-        instead["Actor"] = EpsilonActor
-    before = {name: getattr(dmash, name) for name in instead}
-    vars(dmash).update(instead)
-    try:
-        yield
-    finally:
-        vars(dmash).update(before)
-
-
-def departures_of_run(path):
-    """The setting of a run folder or a policy file."""
-    path = Path(path)
-    if path.is_dir():
-        there = path / "checkpoint.pt"
-        path = there if there.is_file() else path / "policy.pt"
-    with dmash.reading(path):
-        return setting_of(dmash.load(path)["settings"]["departures"].split("+"))
-
-
-def run_command(argv):
-    layout = argparse.RawDescriptionHelpFormatter
-    options = dict(formatter_class=layout, allow_abbrev=False)
-    parser = dmash.Parser("departures.py", description=__doc__, **options)
-    parser.add_argument("--as", dest="names", metavar="NAMES", help="names joined by +")
-    parser.add_argument("--method", default="dma_star_sh", help="any method of dmash.py")
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run")
-    parser.add_argument("--eval", metavar="RUN", help="evaluate a run folder or a policy file")
-    args, words = parser.parse_known_args(argv)
-    run = args.resume or args.eval
-    if run is not None:
-        departures = departures_of_run(run)
-        words = argv
-    else:
-        names, method = [], args.method
-        if method in DEPARTURES:
-            names, method = [method], "dma_star_sh"
-        if args.names is not None:
-            names += args.names.split("+")
-        if not names:
-            allowed = ", ".join(["published", *DEPARTURES])
-            raise dmash.BadInput(f"--as: required, one of {allowed}, or several joined by +")
-        departures = setting_of(names)
-        words += ["--method", method, "--departures", departures]
-    with departed(departures):
-        dmash.run_command(vars(dmash.build_parser().parse_args(words)))
+def departed():
+    """In the block, dmash has the functions and classes of this file."""
+    mine = dict(Config=Config, run_folder=run_folder, evaluate=evaluate)
+    mine |= dict(Replay=Replay, Rollout=Rollout, Actor=Actor, Agent=Agent)
+    return mock.patch.multiple(dmash, **mine)
 
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    return dmash.exit_status("departures.py", lambda: run_command(argv))
+    parser = dmash.build_parser()
+    parser.prog, parser.description = "departures.py", __doc__
+    help = "published, or names joined by +"
+    parser.add_argument("--as", dest="departures", metavar="NAMES", help=help)
+
+    def command():
+        given = vars(parser.parse_args(argv))
+        with departed():
+            dmash.run_command(given)
+
+    return dmash.exit_status("departures.py", command)
 
 
 if __name__ == "__main__":
