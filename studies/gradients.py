@@ -23,17 +23,16 @@ The second command takes seconds. It draws the tables of such runs and prints th
 last step that all of them have.
 """
 
-import csv
 import json
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+import runs as reader
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import dmash  # noqa: E402
+from runs import dmash
 
 UPDATES = 200  # before an evaluation, of which gradients are taken
 NUMBERS = {  # of one update, and how they are written in the figure
@@ -45,17 +44,8 @@ NUMBERS = {  # of one update, and how they are written in the figure
     "cos_d_pi": r"$\cos(\nabla_\eta L_d, \nabla_\eta L_\pi)$",
     "cos_pi_Q": r"$\cos(\nabla_\eta L_\pi, \nabla_\eta L_Q)$",
 }
-PANELS = (  # the paper's
-    "E_z_pi",
-    "E_eta_pi",
-    "E_cos_d_pi",
-    "E_cos_pi_Q",
-    "Var_z_pi",
-    "Var_xi_pi",
-    "Var_z_d",
-    "Var_phi_d",
-)
-COLUMNS = ("step", *PANELS, "Var_cos_d_pi", "Var_cos_pi_Q")  # of gradients.csv, those drawn
+PANELS = ["E_z_pi", "E_eta_pi", "E_cos_d_pi", "E_cos_pi_Q"]  # the paper's
+PANELS += ["Var_z_pi", "Var_xi_pi", "Var_z_d", "Var_phi_d"]
 
 # ---- Shadow gradients ---------------------------------------------------------------------------
 
@@ -159,31 +149,16 @@ class ShadowRun(dmash.Run):
 
 def read(folder):
     """A run's method, its name in the legend, and columns of its gradients.csv, nan for blanks."""
-    path = folder / "gradients.csv"
-    if not path.is_file():
-        allowed = "run folders that this program has trained"
-        raise dmash.BadInput(f"{folder}: has no gradients.csv; allowed: {allowed}")
+    rows = reader.read_table(folder / "gradients.csv", ("step", "E_z_pi", "Var_z_pi"), texts=())
+    if not rows:
+        raise dmash.BadInput(f"{folder}: gradients.csv has no rows yet")
     with dmash.reading(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = "{method}, {env}, seed {seed}".format(**config)
-    with dmash.reading(path):
-        text = path.read_text(encoding="utf-8")
-        rows = list(csv.DictReader(text.splitlines()))
-        table = np.array([numbers_of(i, row) for i, row in enumerate(rows, 1)])
-        if not rows or not text.endswith("\n"):
-            raise ValueError("it ends too early")
-        if not (np.diff(table[:, 0]) > 0).all():
-            raise ValueError("its steps do not rise from row to row")
-    return config["method"], name, dict(zip(COLUMNS, table.T))
-
-
-def numbers_of(i, row):
-    """The COLUMNS of the i-th row as numbers."""
-    cells = [row.get(name) for name in COLUMNS]  # None where the row is too short
-    try:
-        return [math.nan if cell == "" else float(cell) for cell in cells]
-    except (TypeError, ValueError):
-        raise ValueError(f"row {i} is not whole, or not of numbers") from None
+    columns = {}
+    for column in ["step", *PANELS, "Var_cos_d_pi", "Var_cos_pi_Q"]:
+        columns[column] = np.array([row.get(column, math.nan) for row in rows])
+    return config["method"], name, columns
 
 
 def figure(runs):
@@ -218,28 +193,19 @@ def figure(runs):
 
 def draw(folders, out):
     """Writes the figure; prints the numbers of the last step that all runs have."""
-    if out.suffix != ".png":
-        raise dmash.BadInput(f"--out {out}: must end in .png")
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise dmash.BadInput("a run is given twice")
-    runs = [read(folder) for folder in folders]
+    runs = [read(folder) for folder in reader.distinct(folders)]
     common = set.intersection(*[set(columns["step"]) for _, _, columns in runs])
     if common:
         last = max(common)
         print(f"{f'step {last:,.0f}':<12}" + "  ".join(label for _, label, _ in runs))
         for name in PANELS:
-            line = f"{name:<12}"
+            cells = []
             for _, label, columns in runs:
                 value = columns[name][columns["step"] == last].item()
-                line += f"{value:<{len(label)}.3g}  "
-            print(line.removesuffix("  "))
-    try:
-        picture = figure(runs)
-    except ImportError as error:
-        print(f"no figure is drawn ({error})")
-        return
+                cells.append(f"{value:<{len(label)}.3g}")
+            print(f"{name:<12}" + "  ".join(cells))
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(out, dpi=110)
+    figure(runs).savefig(out, dpi=110)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -254,16 +220,13 @@ def main(argv=None):
         parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
         return dmash.exit_status("gradients.py", lambda: draw(**vars(parser.parse_args(argv[1:]))))
     parser = dmash.build_parser()
-    parser.prog = "gradients.py"
-    parser.description = __doc__
-    plain = dmash.Run
-    dmash.Run = ShadowRun
-    try:
-        return dmash.exit_status(
-            "gradients.py", lambda: dmash.run_command(vars(parser.parse_args(argv)))
-        )
-    finally:
-        dmash.Run = plain
+    parser.prog, parser.description = "gradients.py", __doc__
+
+    def command():
+        with mock.patch.object(dmash, "Run", ShadowRun):
+            dmash.run_command(vars(parser.parse_args(argv)))
+
+    return dmash.exit_status("gradients.py", command)
 
 
 if __name__ == "__main__":

@@ -142,42 +142,34 @@ def read_table(path, numbers, texts=("set",), key=("step",)):
     """The rows of a CSV file as dicts, without empty cells.
 
     Columns in `texts` stay text, or all with `texts=None`. The others hold numbers. Those in
-    `numbers` must be there and finite. No two rows have the same `key`. Its last column rises from
-    row to row while the others stay.
+    `numbers` must be there and finite. The last column of `key` rises among the rows that have the
+    others in common.
     """
-    line, rows, seen, before = 1, [], set(), None
+    path, line, rows, last = Path(path), 1, [], {}
     try:
-        text = read_text(Path(path))
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        text = data.decode()
         if not text.endswith("\n"):
             raise ValueError("the last line is torn, or there is none")
         reader = csv.reader(io.StringIO(text, newline=""))
         head = next(reader)
-        absent = [name for name in (*key, *numbers) if name not in head]
-        if absent:
-            raise ValueError(f"no column {absent[0]}")
-        if len(set(head)) < len(head):
-            raise ValueError("a column stands twice")
+        for name in (*key, *numbers):
+            if name not in head:
+                raise ValueError(f"no column {name}")
         for cells in reader:
             line = reader.line_num
             row = checked_row(head, cells, numbers, texts)
-            now = tuple(row.get(name) for name in key)
-            if key and now in seen:
-                raise ValueError(f"{described(key, now)} stands twice")
-            if key and before is not None and before[:-1] == now[:-1] and before[-1] > now[-1]:
-                raise ValueError(f"{described(key, now)} stands after {described(key, before)}")
-            seen.add(now)
-            before = now
+            *others, number = [row[name] for name in key]
+            others = tuple(others)
+            if others in last and number <= last[others]:
+                raise ValueError(f"{key[-1]} {number} stands after {last[others]}")
+            last[others] = number
             rows.append(row)
     except (ValueError, csv.Error, EOFError, gzip.BadGzipFile) as error:
         raise BadInput(f"{path}, line {line}: {dmash.one_line(error)}") from None
     return rows
-
-
-def read_text(path):
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        data = gzip.decompress(data)
-    return data.decode()
 
 
 def checked_row(head, cells, numbers, texts):
@@ -195,10 +187,6 @@ def checked_row(head, cells, numbers, texts):
     return row
 
 
-def described(key, values):
-    return ", ".join(f"{name} {as_text(value)}" for name, value in zip(key, values))
-
-
 # ---- Run folders -------------------------------------------------------------------------------
 
 
@@ -209,14 +197,14 @@ def read_runs(places, experiments=()):
     tables, only `experiments` are read, if any are named.
     """
     runs = []
-    for place in distinct(places):
+    for place in map(Path, places):
+        files = sorted(place.rglob("config.json"))
         if (place / TABLES[0]).exists():
             runs += read_tables(place, experiments)
-        else:
-            files = sorted(place.rglob("config.json"))
-            if not files:
-                raise BadInput(f"{place}: no run there; allowed: folders of runs, or with runs.csv")
+        elif files:
             runs += [read_run(file.parent) for file in files]
+        else:
+            raise BadInput(f"{place}: no run there; allowed: folders of runs, or with runs.csv")
     refuse_doubles(runs)
     return sorted(runs, key=rank)
 
@@ -232,27 +220,22 @@ def refuse_doubles(runs):
 
 def read_run(folder):
     """The run in a folder. Before its first evaluation it has no tables."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for name, kind in (("env", str), ("method", str), ("seed", int), ("steps", int)):
-            if type(config.get(name)) is not kind:
-                raise ValueError(f"{name} is {config.get(name)!r}")
-        texts = {name: as_text(value) for name, value in config.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{path}: {dmash.one_line(error)}") from None
-    name = os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace")
     metrics = []
     if (folder / "metrics.csv").exists():
         metrics = read_table(folder / "metrics.csv", ("step", "seconds", *SETS))
-    run = new_run(name, "", config["seed"], texts, metrics, [], folder)
-    if run.at_end:
-        key = ("step", "set", "index")
-        contexts = read_table(folder / "per_context.csv", ("step", "index", "return"), key=key)
-        for row in contexts:
+    path = folder / "config.json"
+    with dmash.reading(path):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        texts = {name: as_text(value) for name, value in config.items()}
+        name = os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace")
+        run = new_run(name, "", texts, metrics, [], folder)
+        at_end = run.at_end
+    if at_end:
+        path = folder / "per_context.csv"
+        for row in read_table(path, ("step", "index", "return"), key=("step", "set", "index")):
             if row.pop("step") == run.steps:
                 run.contexts.append(row)
-        check_contexts(run, folder / "per_context.csv")
+        check_contexts(run, path)
     return run
 
 
@@ -267,31 +250,25 @@ def as_text(value):
     return json.dumps(value, sort_keys=True)
 
 
-def new_run(name, experiment, seed, texts, metrics, contexts, place):
+def new_run(name, experiment, texts, metrics, contexts, place):
     apart = (*UNTOLD, *VERSIONS, "run", "experiment")
     settings = {key: text for key, text in texts.items() if text and key not in apart}
     versions = {key: texts.get(key) or "unknown" for key in VERSIONS}
     for row in metrics:
         row["mean"] = sum(row[key] for key in SETS) / len(SETS)
-    ids = (name, experiment, texts["env"], texts["method"], int(seed))
+    ids = name, experiment, texts["env"], texts["method"], int(texts["seed"])
     return Run(*ids, settings, versions, metrics, contexts, place)
 
 
 def check_contexts(run, path):
     """The last evaluation has all contexts, numbered from 0, with the means of metrics.csv."""
-    if not run.at_end:
-        raise BadInput(f"{path}: {run.name}: contexts, but no evaluation at step {run.steps}")
-    sets = group(run.contexts, lambda row: row["set"])
-    if set(sets) != set(SETS):
-        raise BadInput(f"{path}: {run.name}: not all of {', '.join(SETS)} at step {run.steps}")
     for name in SETS:
-        indices = [row["index"] for row in sets[name]]
-        if indices != list(range(len(sets["train"]))):
-            raise BadInput(
-                f"{path}: {run.name}: a context of {name} is missing at step {run.steps}"
-            )
-        mean = sum(row["return"] for row in sets[name]) / len(indices)
-        if not math.isclose(mean, run.last(name), rel_tol=1e-4, abs_tol=1e-4):
+        rows = [row for row in run.contexts if row["set"] == name]
+        if [row["index"] for row in rows] != list(range(int(run.settings["contexts"]))):
+            where = f"{path}: {run.name}"
+            raise BadInput(f"{where}: a context of {name} is missing at step {run.steps}")
+        mean = sum(row["return"] for row in rows) / len(rows)
+        if not run.at_end or not math.isclose(mean, run.last(name), rel_tol=1e-4, abs_tol=1e-4):
             raise BadInput(f"{path}: {run.name}: the mean of {name} is not that of metrics.csv")
 
 
@@ -311,14 +288,11 @@ def read_tables(folder, experiments=()):
     key = ("run", "set", "index")
     contexts = read_table(paths[2], ("index", "return"), texts=("run", "set"), key=key)
     contexts = group(contexts, lambda row: row.pop("run"))
-    unknown = {*metrics, *contexts} - {row["run"] for row in rows}
-    if unknown:
-        raise BadInput(f"{paths[0]}: no run {min(unknown)!r}, which is in another table")
     runs = []
     for row in rows:
         name = row["run"]
         of_run = metrics.get(name, []), contexts.get(name, [])
-        run = new_run(name, row["experiment"], row["seed"], row, *of_run, folder)
+        run = new_run(name, row["experiment"], row, *of_run, folder)
         if run.finished:
             check_contexts(run, paths[2])
         if not experiments or run.experiment in experiments:
@@ -328,31 +302,25 @@ def read_tables(folder, experiments=()):
 
 def write_tables(folder, runs):
     """Writes the three tables; the same runs give the same bytes."""
-    runs = sorted(runs, key=lambda run: run.name)
-    tables = [[], [], []]
-    for run in runs:
+    rows, metrics, contexts = [], [], []
+    for run in sorted(runs, key=lambda run: run.name):
         ids = {"run": run.name, "experiment": run.experiment, "env": run.env, "method": run.method}
-        tables[0].append(ids | {"seed": run.seed} | run.settings | run.versions)
+        rows.append(ids | {"seed": run.seed} | run.settings | run.versions)
         for row in run.metrics:
-            metrics = {name: plain(value) for name, value in row.items() if name != "mean"}
-            tables[1].append({"run": run.name} | metrics)
-        for row in run.contexts:
-            tables[2].append(
-                {"run": run.name} | {name: plain(value) for name, value in row.items()}
-            )
-    for name, rows in zip(TABLES, tables):
-        write_table(folder / name, rows)
+            metrics.append({"run": run.name} | row)
+            del metrics[-1]["mean"]
+        contexts += [{"run": run.name} | row for row in run.contexts]
+    for name, table in zip(TABLES, (rows, metrics, contexts)):
+        write_table(folder / name, table)
 
 
 def write_table(path, rows):
     columns = dict.fromkeys(column for row in rows for column in row)
-    text = dmash.csv_text([{column: row.get(column, "") for column in columns} for row in rows])
-    data = text.encode()
+    full = [{column: plain(row.get(column, "")) for column in columns} for row in rows]
+    data = dmash.csv_text(full).encode()
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    path.write_bytes(data)
 
 
 def plain(value):
