@@ -37,7 +37,7 @@ from runs import BadInput, aib_envs, dmash, group
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 NO_ACTION = RESULTS / "no_action.csv"
-OURS = "dma_star_sh"
+OURS = "DMA*-SH"
 FEWEST = 5  # seeds a side, for a verdict
 LEVEL = 0.05  # of Holm's p, for a verdict
 FEWEST_OF_INTERVAL = 3
@@ -83,9 +83,7 @@ def permutation_p(x, y):
     if math.comb(len(values), size) > MOST_SPLITS:
         return math.nan
     values = values - values.mean()
-    sums = [np.zeros(1)] + [
-        np.zeros(0)
-    ] * size  # of all subsets of the values so far, by their size
+    sums = [np.zeros(1)] + [np.zeros(0)] * size  # of all subsets of the values so far, by size
     for value in values:
         for k in range(size, 0, -1):
             sums[k] = np.concatenate([sums[k], sums[k - 1] + value])
@@ -121,20 +119,22 @@ def blocks_of(runs):
     quick = {"quick" in dict(settings) for _, settings in blocks}
     titles = {}
     for (env, settings), block in blocks.items():
+        mine = dict(settings)
         words = [env, f"{block[0].steps:,} steps"]
         if len(quick) > 1:
             words.append(setting_of(block[0]))
         alike = [dict(other) for name, other in blocks if name == env]
-        alike = [other for other in alike if other.get("quick") == dict(settings).get("quick")]
+        alike = [other for other in alike if other.get("quick") == mine.get("quick")]
         for name in sorted(set().union(*alike) - {"steps"}):
             if len({other.get(name) for other in alike}) > 1:
-                words.append(f"{name} {dict(settings).get(name, 'off')}")
+                words.append(f"{name} {mine.get(name, 'off')}")
         titles[", ".join(words)] = group(block, lambda run: run.arm)
     return titles
 
 
-def env_of(arms):
-    return next(iter(arms.values()))[0].env
+def one_of(arms):
+    """Any run of a block."""
+    return next(iter(arms.values()))[0]
 
 
 def setting_of(run):
@@ -144,9 +144,9 @@ def setting_of(run):
     return "paper's settings"
 
 
-def find(arms, method, departures=""):
-    """The runs of a method with its own mask in a block, if it has some."""
-    return arms.get(", ".join(filter(None, [reader.paper_name(method), departures])), [])
+def find(arms, label, departures):
+    """The runs in a block of a method, by its label, with these departures."""
+    return arms.get(", ".join(filter(None, [label, departures])), [])
 
 
 def departures_in(arms):
@@ -163,12 +163,11 @@ def returns_without_action(env):
 
 def no_action(env, score):
     """What an agent earns that never acts, or nan."""
-    returns = returns_without_action(env)
-    sets = group(returns, lambda key: key[0])
-    means = {name: float(np.mean([returns[key] for key in sets[name]])) for name in sets}
-    if not means:
-        return math.nan
-    return means.get(score, sum(means.values()) / len(means))
+    values = []
+    for (name, _), value in returns_without_action(env).items():
+        if score in (name, "mean"):
+            values.append(value)
+    return float(np.mean(values)) if values else math.nan
 
 
 def largest(env):
@@ -231,7 +230,7 @@ def returns_table(runs, score):
     arms = dict.fromkeys(run.arm for run in sorted(runs, key=reader.arm_rank))
     rows = [["no action"], ["largest possible"]]
     for arms_here in blocks.values():
-        env = env_of(arms_here)
+        env = one_of(arms_here).env
         rows[0].append(figure(no_action(env, score), digits_of(env)))
         rows[1].append(largest(env) or "–")
     for arm in arms:
@@ -258,6 +257,16 @@ def speed(runs):
     return float(np.median([run.steps / max(run.last("seconds"), 1e-9) for run in runs]))
 
 
+def difference_row(title, arm, ours, others):
+    row = [title, arm, f"{len(ours)}, {len(others)}"]
+    for score in ("mean", "eval_out"):
+        if others is ours:
+            row += ["", ""]
+        else:
+            row += difference_cells(ours, others, score)
+    return row
+
+
 def differences_table(runs):
     """DMA*-SH minus each other method with the same departures."""
     rows = []
@@ -265,15 +274,9 @@ def differences_table(runs):
         for departures in departures_in(arms):
             ours = find(arms, OURS, departures)
             for arm, others in arms.items():
-                if not ours or others[0].departures != departures:
-                    continue
-                row = [title, arm, f"{len(ours)}, {len(others)}"]
-                for score in ("mean", "eval_out"):
-                    if others is ours:
-                        row += ["", ""]
-                    else:
-                        row += difference_cells(ours, others, score)
-                rows.append([*row, figure(speed(others), 1)])
+                if ours and others[0].departures == departures:
+                    row = difference_row(title, arm, ours, others)
+                    rows.append([*row, figure(speed(others), 1)])
     head = ["environment", "DMA*-SH minus", "seeds", "mean of the sets", "p", "extrapolation", "p"]
     return table([*head, "steps/s"], rows)
 
@@ -283,46 +286,44 @@ def departures_table(runs):
     rows = []
     for title, arms in blocks_of(runs).items():
         for arm, changed in arms.items():
-            plain = arms.get(changed[0].label, [])
+            plain = arms.get(changed[0].label)
             if changed[0].departures and plain:
-                row = [title, arm, f"{len(changed)}, {len(plain)}"]
-                for score in ("mean", "eval_out"):
-                    row += difference_cells(changed, plain, score)
-                rows.append(row)
+                rows.append(difference_row(title, arm, changed, plain))
     head = ["environment", "with it minus without", "seeds", "mean of the sets", "p"]
     return table([*head, "extrapolation", "p"], rows)
 
 
-CLAIMS = [  # what the paper says: the first is better than the second
-    ("The shared hypernetwork beats domain randomisation", OURS, "dr"),
-    ("It beats the true context, concatenated", OURS, "concat"),
-    ("It beats adapters made from the true context", OURS, "da"),
-    ("It beats the inferred code, concatenated", OURS, "dma_star"),
-    ("It beats DMA", OURS, "dma"),
-    ("It beats DMA-Pearl", OURS, "dma_pearl"),
-    ("It beats a hypernetwork in each network", OURS, "dma_star_h"),
+CLAIMS = [  # what the paper says: the first arm is better than the second
+    ("The shared hypernetwork beats domain randomisation", OURS, "DR"),
+    ("It beats the true context, concatenated", OURS, "Concat"),
+    ("It beats adapters made from the true context", OURS, "DA"),
+    ("It beats the inferred code, concatenated", OURS, "DMA*"),
+    ("It beats DMA", OURS, "DMA"),
+    ("It beats DMA-Pearl", OURS, "DMA-Pearl"),
+    ("It beats a hypernetwork in each network", OURS, "DMA*-H"),
     ("It beats adapters trained by the RL losses", OURS, "rl_adapters"),
     ("Masks help it", OURS, "no_mask"),
     ("The input norm helps it", OURS, "no_input_norm"),
     ("The output norm helps it", OURS, "no_output_norm"),
     ("Masks and norms help it", OURS, "dma_sh"),
-    ("Masks and norms help a concatenated code", "dma_star", "dma"),
-]
-INTO_ETA = [  # the same, with a departure that lets an RL loss train the hypernetwork
-    ("The policy's gradients harm the hypernetwork", "actor_into_eta"),
-    ("The critics' gradients harm the hypernetwork", "critic_into_eta"),
-    ("The gradients of both harm the hypernetwork", "both_into_eta"),
+    ("Masks and norms help a concatenated code", "DMA*", "DMA"),
+    # these departures let an RL loss train the hypernetwork
+    ("The policy's gradients harm the hypernetwork", OURS, f"{OURS}, actor_into_eta"),
+    ("The critics' gradients harm the hypernetwork", OURS, f"{OURS}, critic_into_eta"),
+    ("The gradients of both harm the hypernetwork", OURS, f"{OURS}, both_into_eta"),
 ]
 
 
 def claims_in(runs):
     """A claim, the title of its block, and its two lists of runs, for each that has them."""
-    for title, arms in blocks_of(runs).items():
-        for departures in departures_in(arms):
-            for claim, better, worse in CLAIMS:
-                yield claim, title, find(arms, better, departures), find(arms, worse, departures)
-        for claim, departure in INTO_ETA:
-            yield claim, title, find(arms, OURS), find(arms, OURS, departure)
+    blocks = blocks_of(runs)
+    for claim, first, second in CLAIMS:
+        for title, arms in blocks.items():
+            for departures in departures_in(arms):
+                better = find(arms, first, departures)
+                worse = find(arms, second, departures)
+                if better and worse:
+                    yield claim, title, better, worse
 
 
 def verdict(difference, p):
@@ -336,29 +337,25 @@ def verdict(difference, p):
 def claims_table(runs, score, all_rows=True):
     """A row per claim and block; p corrected for all rows with enough seeds.
 
-    Without `all_rows`, rows with too few seeds are left out."""
-    rows, tested, ps = [], [], []
+    Without `all_rows`, rows with too few seeds are left out.
+    """
+    rows, tested = [], []
     for claim, title, better, worse in claims_in(runs):
-        if not better or not worse:
-            continue
-        setting = ", ".join(filter(None, [setting_of(better[0]), better[0].departures]))
-        row = [claim, title, setting, f"{len(better)}, {len(worse)}"]
-        row += difference_cells(better, worse, score)
-        rows.append([*row, "–", "too few seeds"])
-        if min(len(better), len(worse)) < FEWEST:
-            continue
         x, y = scores(better, score), scores(worse, score)
-        p = permutation_p(x, y)
-        if math.isnan(p):
-            rows[-1][-1] = "too many seeds for an exact p"
-            continue
-        tested.append((rows[-1], np.mean(x) - np.mean(y)))
-        ps.append(p)
-    for (row, difference), p in zip(tested, holm(ps)):
-        row[-2:] = [p_text(p), verdict(difference, p)]
-    if not all_rows:
-        rows = [row for row in rows if row[-1] != "too few seeds"]
-    rows.sort(key=lambda row: [claim for claim, *_ in CLAIMS + INTO_ETA].index(row[0]))
+        setting = ", ".join(filter(None, [setting_of(better[0]), better[0].departures]))
+        row = [claim, title, setting, f"{len(x)}, {len(y)}"]
+        row += difference_cells(better, worse, score)
+        row += ["–", "too few seeds"]
+        if min(len(x), len(y)) >= FEWEST:
+            p = permutation_p(x, y)
+            row[-1] = "too many seeds for an exact p"
+            if not math.isnan(p):
+                tested.append((row, x.mean() - y.mean(), p))
+        if all_rows or row[-1] != "too few seeds":
+            rows.append(row)
+    corrected = holm([p for _, _, p in tested])
+    for (row, difference, _), p in zip(tested, corrected):
+        row[-2:] = p_text(p), verdict(difference, p)
     head = ["the paper says", "environment", "setting", "seeds", "difference", "p", "Holm's p"]
     return table([*head, "verdict"], rows)
 
@@ -371,7 +368,7 @@ def samples(runs):
     """
     found = {}
     for arms in blocks_of(runs).values():
-        first = next(iter(arms.values()))[0]
+        first = one_of(arms)
         if largest(first.env) and returns_without_action(first.env):
             own = ("steps", "K", "buffer")
             settings = tuple(pair for pair in first.compared if pair[0] not in own)
@@ -431,15 +428,15 @@ def mean_probability(pairs):
 
 
 PAPER = {  # its returns, means of the three sets, at its own settings
-    "cartpole_inv": {OURS: 967, "concat": 863, "da": 892},
-    "reacher_hard_inv": {OURS: 805, "concat": 683, "da": 713},
-    "reacher_hard_perm": {OURS: 840, "concat": 712, "da": 749},
-    "ball_in_cup": {OURS: 890, "concat": 924, "dma_pearl": 903},
-    "walker_gym": {OURS: 3258, "dma_pearl": 3162},
-    "hopper_gym": {OURS: 2563, "dma_pearl": 2646},
+    "cartpole_inv": {OURS: 967, "Concat": 863, "DA": 892},
+    "reacher_hard_inv": {OURS: 805, "Concat": 683, "DA": 713},
+    "reacher_hard_perm": {OURS: 840, "Concat": 712, "DA": 749},
+    "ball_in_cup": {OURS: 890, "Concat": 924, "DMA-Pearl": 903},
+    "walker_gym": {OURS: 3258, "DMA-Pearl": 3162},
+    "hopper_gym": {OURS: 2563, "DMA-Pearl": 2646},
     "cheetah_inv": {OURS: 408},
-    "di_inv": {"dma_pearl": 68},
-    "di_perm": {"dma_pearl": 70},
+    "di_inv": {"DMA-Pearl": 68},
+    "di_perm": {"DMA-Pearl": 70},
 }
 
 
@@ -452,21 +449,15 @@ def published_table(runs):
     """Our endpoint, the published score, and the paper's figure, where it gives one."""
     rows = []
     for title, arms in blocks_of(runs).items():
-        env = env_of(arms)
         for arm, of in arms.items():
-            paper = PAPER.get(env, {}).get(of[0].method)
+            paper = PAPER.get(of[0].env, {}).get(of[0].label)
             if paper:
-                row = [
-                    title,
-                    arm,
-                    len(of),
-                    cell(contrast([1], [scores(of, "mean")]), digits_of(env)),
-                ]
-                best = np.array([published_score(run) for run in of])
-                rows.append([*row, cell(contrast([1], [best]), digits_of(env)), paper])
-    return table(
-        ["environment", "method", "seeds", "last evaluation", "published score", "paper"], rows
-    )
+                row = [title, arm, len(of)]
+                for sample in (scores(of, "mean"), [published_score(run) for run in of]):
+                    row.append(cell(contrast([1], [sample]), digits_of(of[0].env)))
+                rows.append([*row, paper])
+    head = ["environment", "method", "seeds", "last evaluation", "published score", "paper"]
+    return table(head, rows)
 
 
 MAKERS = {
@@ -509,70 +500,59 @@ def report_text(runs):
 
 
 def report(places, experiments, out):
+    import compare_figures
+
     runs = reader.read_runs(places, experiments)
     text = report_text(runs)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(text, encoding="utf-8")
-    count = 0
-    try:
-        import compare_figures
-    except ImportError as error:
-        print(f"no figures are drawn ({error})")
-    else:
-        for name, drawing in compare_figures.all_of(blocks_of(runs), returns_without_action):
-            drawing.savefig(out / f"{name}.png", dpi=100)
-            count += 1
-    print(f"{out}: report.md of {len(runs)} runs, {count} figures")
+    figures = list(compare_figures.all_of(blocks_of(runs), returns_without_action))
+    for name, drawing in figures:
+        drawing.savefig(out / f"{name}.png", dpi=100)
+    print(f"{out}: report.md of {len(runs)} runs, {len(figures)} figures")
 
 
 def fill(places, document, check):
     """Writes the tables of a document anew. With `check`, refuses one that would change."""
     runs = reader.read_runs(places)
-    names = "|".join(sorted(MAKERS, key=len, reverse=True))
-    pattern = rf"(<!-- ({names})(?: of ([^>]*))? -->\n)(.*?)(<!-- end -->)"
-    text = document.read_text(encoding="utf-8")
-    found = list(re.finditer(pattern, text, re.DOTALL))
-    if not found or len(found) != text.count("<!-- end -->"):
-        raise BadInput(
-            f"{document}: no marks, or one that is not known; known: {', '.join(MAKERS)}"
-        )
+    known = {run.experiment for run in runs}
 
     def new(match):
-        begin, name, experiments, _, end = match.groups()
-        wanted = (
-            re.split(", *", experiments)
-            if experiments
-            else sorted({run.experiment for run in runs})
-        )
-        unknown = set(wanted) - {run.experiment for run in runs}
-        if unknown:
-            raise BadInput(f"{document}: no experiment {min(unknown)!r}")
+        begin, name, experiments, end = match.groups()
+        wanted = known
+        if experiments:
+            wanted = experiments.split(", ")
+        for experiment in wanted:
+            if experiment not in known:
+                raise BadInput(f"{document}: no experiment {experiment!r}")
+        if name not in MAKERS:
+            raise BadInput(f"{document}: no table {name!r}; known: {', '.join(MAKERS)}")
         made = MAKERS[name]([run for run in runs if run.experiment in wanted])
         return f"{begin}\n{made}\n{end}"
 
-    filled = re.sub(pattern, new, text, flags=re.DOTALL)
+    pattern = r"(<!-- ([^>]+?)(?: of ([^>]+))? -->\n).*?(<!-- end -->)"
+    text = document.read_text(encoding="utf-8")
+    filled, count = re.subn(pattern, new, text, flags=re.DOTALL)
     if check and filled != text:
         raise BadInput(f"{document}: its tables are not those of the runs; write them with --into")
     if not check:
         document.write_text(filled, encoding="utf-8")
-    print(f"{document}: {len(found)} tables")
+    print(f"{document}: {count} tables")
 
 
-def add(places, experiment, folder, unfinished):
-    """Puts runs into the tables of a folder, under the name of an experiment."""
-    if not re.fullmatch("[a-z0-9_]+", experiment):
-        raise BadInput(f"--experiment {experiment}: allowed: small letters, digits and _")
+def add(places, experiment, folder):
+    """Puts finished runs into the tables of a folder, under the name of an experiment."""
     runs = []
     if (folder / "runs.csv").exists():
         runs = reader.read_tables(folder)
     before = len(runs)
     for run in reader.read_runs(places):
-        if not run.finished and not unfinished:
+        if run.finished:
+            run.experiment = experiment
+            run.name = f"{experiment}/{run.name}"
+            runs.append(run)
+        else:
             print(f"{run.place}: not finished, left out")
-            continue
-        run.experiment = experiment
-        run.name = f"{experiment}/{run.name}"
-        runs.append(run)
     reader.refuse_doubles(runs)
     folder.mkdir(parents=True, exist_ok=True)
     reader.write_tables(folder, runs)
@@ -595,39 +575,28 @@ def measure_no_action(envs):
 def seed_numbers(words):
     numbers = []
     for word in words:
-        ends = re.fullmatch("([0-9]{1,10})(?:-([0-9]{1,10}))?", word)
-        if not ends:
+        ends = re.fullmatch("([0-9]+)(?:-([0-9]+))?", word)
+        found = []
+        if ends:
+            found = range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+        if not found:
             raise BadInput(f"--seeds {word}: must be seeds such as 1 2 3, or ranges such as 11-15")
-        low = int(ends[1])
-        high = int(ends[2] or low)
-        if not low <= high < low + 1000:
-            raise BadInput(f"--seeds {word}: must be a rising range of at most 1,000 seeds")
-        numbers += range(low, high + 1)
+        numbers += found
     return numbers
 
 
 def plan(envs, methods, seeds, given):
     """A command per run, seeds outermost, with the settings in `given`, words for dmash.py."""
-    numbers = seed_numbers(seeds)
-    allowed = "allowed: --envs, --methods, --seeds, settings of a run"
-    parsed = vars(dmash.build_parser().parse_args(given))
-    settings = {name: value for name, value in parsed.items() if value not in (None, False)}
+    settings = vars(dmash.build_parser().parse_args(given))
     for name in settings:
         if name in ("env", "method", "seed") or name not in dmash.Config.__annotations__:
+            allowed = "allowed: --envs, --methods, --seeds, settings of a run"
             raise BadInput(f"{dmash.flag(name)}: not here; {allowed}")
-    for word in given:
-        if "\n" in word:
-            raise BadInput(f"{word!r}: must be one line, as each line is a command")
-    for env, method, seed in itertools.product(envs, methods, (min(numbers), max(numbers))):
-        dmash.Config(env=env, method=method, seed=seed, **settings)
-    if "threads" not in settings:
-        given = [
-            *given,
-            "--threads",
-            "1",
-        ]  # so that several runs at once do not slow each other down
+    if "threads" not in settings:  # several runs at once must not slow each other down
+        given = [*given, "--threads", "1"]
     lines = []
-    for seed, env, method in itertools.product(*map(dict.fromkeys, (numbers, envs, methods))):
+    for seed, env, method in itertools.product(seed_numbers(seeds), envs, methods):
+        dmash.Config(env=env, method=method, seed=seed, **settings)
         words = ["--env", env, "--method", method, "--seed", str(seed), *given, "--go-on"]
         lines.append(shlex.join(["python", "dmash.py", *words]))
     print("\n".join(lines))
@@ -637,22 +606,17 @@ def build_parser():
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = dmash.Parser("compare.py", description=__doc__, **layout)
     modes = parser.add_subparsers(dest="mode", required=True)
-    runs = {
-        "nargs": "+",
-        "metavar": "RUNS",
-        "help": "run folders, folders of these, or with runs.csv",
-    }
+    about = "run folders, folders of these, or with runs.csv"
+    runs = {"nargs": "+", "metavar": "RUNS", "help": about}
 
-    part = modes.add_parser(
-        "plan", allow_abbrev=False, epilog="and settings: python dmash.py --help"
-    )
+    more = "and settings: python dmash.py --help"
+    part = modes.add_parser("plan", allow_abbrev=False, epilog=more)
     for name in ("envs", "methods", "seeds"):
         part.add_argument(f"--{name}", nargs="+", required=True, help=f"{name}, one or more")
 
     part = modes.add_parser("add", allow_abbrev=False)
     part.add_argument("runs", **runs)
     part.add_argument("--experiment", required=True, help="name of the experiment they belong to")
-    part.add_argument("--unfinished", action="store_true", help="unfinished runs too")
     part.add_argument("--to", type=Path, default=RESULTS, help="folder of the tables (results)")
 
     part = modes.add_parser("report", allow_abbrev=False)
@@ -674,13 +638,11 @@ def run_command(argv):
     elif given:
         raise BadInput(f"unrecognized arguments: {' '.join(given)}")
     elif args.mode == "add":
-        add(args.runs, args.experiment, args.to, args.unfinished)
+        add(args.runs, args.experiment, args.to)
     elif args.mode == "no-action":
         measure_no_action(args.envs)
     elif args.into:
         fill(args.runs, args.into, args.check)
-    elif args.check:
-        raise BadInput("--check: only with --into FILE")
     else:
         report(args.runs, args.experiments, args.out)
 
