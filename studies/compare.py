@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import runs as reader
+import torch
 from runs import BadInput, aib_envs, dmash, group
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -361,24 +362,25 @@ def claims_table(runs, score, all_rows=True):
 
 
 def samples(runs):
-    """Blocks that enter an aggregate, by what runs of several environments can have in common.
+    """Blocks that enter an aggregate, by setting and departures, of each environment one.
 
-    Steps, K and the buffer belong to the environment. Of several such blocks of one environment,
-    that with most runs counts.
+    Of several blocks of an environment, that with most runs counts.
     """
     found = {}
     for arms in blocks_of(runs).values():
         first = one_of(arms)
-        if largest(first.env) and returns_without_action(first.env):
-            own = ("steps", "K", "buffer")
-            settings = tuple(pair for pair in first.compared if pair[0] not in own)
-            for departures in departures_in(arms):
-                here = {arm: of for arm, of in arms.items() if of[0].departures == departures}
-                envs = found.setdefault((settings, departures), {})
-                size = sum(map(len, here.values()))
-                if size > sum(map(len, envs.get(first.env, {}).values())):
-                    envs[first.env] = here
+        if not largest(first.env) or not returns_without_action(first.env):
+            continue
+        for departures in departures_in(arms):
+            here = {arm: of for arm, of in arms.items() if of[0].departures == departures}
+            envs = found.setdefault((setting_of(first), departures), {})
+            if count(here) > count(envs.get(first.env, {})):
+                envs[first.env] = here
     return found
+
+
+def count(arms):
+    return sum(map(len, arms.values()))
 
 
 def scaled(runs, score):
@@ -565,10 +567,10 @@ def measure_no_action(envs):
     for env in envs:
         cfg = dmash.quick(env=env, method="dr", seed=11)
         agent = dmash.new_agent(cfg)
-        d_a = aib_envs.lookup(env).cls.d_a
-        agent.act = lambda s, omega, noisy, d_a=d_a: s.new_zeros(len(s), d_a)
+        for weights in agent.parameters():
+            torch.nn.init.zeros_(weights)  # so the mean action is 0
         for row in dmash.evaluate_sets(agent, cfg, cfg.rollouts):
-            rows.append({"env": env, **{name: row[name] for name in ("set", "index", "return")}})
+            rows.append({"env": env} | {name: row[name] for name in ("set", "index", "return")})
     reader.write_table(NO_ACTION, rows)
 
 

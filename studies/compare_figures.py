@@ -32,6 +32,14 @@ WORDS = {
 }
 
 
+def learning_curve(run):
+    return [(row["step"], row["mean"]) for row in run.metrics]
+
+
+# A column of a figure: title, label of its axis, points of a run, trained range, parts of a line
+LEARNING = ("mean of the three sets", "gradient steps", learning_curve, None, 1000)
+
+
 def style(label):
     color, marker, linestyle = LOOKS.get(label, OTHER)
     return {"color": color, "marker": marker, "linestyle": linestyle, "label": label}
@@ -48,7 +56,7 @@ def all_of(blocks, nothing):
             name += f"_{names.count(name)}"
         idle = without_action(first, nothing(first.env))
         columns = contexts(first)
-        yield name, drawn(arms, idle, [learning(), *columns])
+        yield name, drawn(arms, idle, [LEARNING, *columns])
         few = {label: arms[label] for label in (OURS, "DMA*", "Concat", "DR") if label in arms}
         if name == "cartpole_inv" and few:
             yield "pole_length", drawn(few, idle, columns)
@@ -59,20 +67,9 @@ def without_action(run, nothing):
     if len(nothing) != len(run.contexts):
         return []
     mean = np.mean(list(nothing.values()))
-    metrics = [{**row, "mean": mean} for row in run.metrics]
-    contexts = []
-    for row in run.contexts:
-        contexts.append({**row, "return": nothing[row["set"], row["index"]]})
+    metrics = [row | {"mean": mean} for row in run.metrics]
+    contexts = [row | {"return": nothing[row["set"], row["index"]]} for row in run.contexts]
     return [dataclasses.replace(run, metrics=metrics, contexts=contexts)]
-
-
-def learning():
-    """A column: title, label of its axis, points of a run, trained range, parts of its lines."""
-
-    def points(run):
-        return [(row["step"], row["mean"]) for row in run.metrics]
-
-    return "mean of the three sets", "gradient steps", points, None, 1000
 
 
 def contexts(run):
@@ -82,21 +79,20 @@ def contexts(run):
     two of these, and in the ODE, it is the distance from the centre of the trained range, which
     ends at 1.
     """
-    values = {}
+    signs, ends = [], {}
     for name in run.contexts[0]:
-        if name not in ("set", "index", "return", "diverged"):
-            values[name] = {row[name] for row in run.contexts}
-    signs = [name for name in values if len(values[name]) <= 2]
-    ends = {}
-    for name in values:
-        if name not in signs:
+        if name in ("set", "index", "return", "diverged"):
+            continue
+        if len({row[name] for row in run.contexts}) <= 2:
+            signs.append(name)
+        else:
             trained = [row[name] for row in run.contexts if row["set"] == "train"]
             ends[name] = min(trained), max(trained)
 
     def distance(row):
         return max(abs(2 * row[x] - low - high) / (high - low) for x, (low, high) in ends.items())
 
-    places = [(name, operator.itemgetter(name), ends[name]) for name in ends]
+    places = [(name, operator.itemgetter(name), trained) for name, trained in ends.items()]
     if len(ends) > 2 or run.env.startswith("ode"):
         places = [("distance from the centre", distance, (0, 1))]
     if not ends:
