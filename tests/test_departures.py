@@ -64,9 +64,9 @@ def noted(monkeypatch):
 
 def times_of(batch, replay):
     """When each transition of a batch happened, (N, size / N), by looking for it in the replay."""
-    s = batch.s.unflatten(0, (replay.N, -1)).unsqueeze(2)
-    rows = replay.rows[: replay.t, :, : replay.d_s].transpose(0, 1).unsqueeze(1)
-    row = (s == rows).all(-1).int().argmax(-1)
+    found = torch.cat([batch.s, batch.a], -1).unflatten(0, (replay.N, -1)).unsqueeze(2)
+    rows = replay.rows[: replay.t, :, : found.shape[-1]].transpose(0, 1).unsqueeze(1)
+    row = (found == rows).all(-1).int().argmax(-1)
     return replay.t - 1 - (replay.t - 1 - row) % replay.capacity
 
 
