@@ -74,13 +74,15 @@ def test_time_is_counted_in_the_phase_that_spends_it(method, monkeypatch):
     expected["dynamics" if run.agent.f else "critic"] += steps * 10**6  # where an update begins
     if run.agent.f:
         expected["dynamics"] += steps
-    assert seconds == expected and total == sum(seconds.values())
+    assert seconds == expected
+    assert total == sum(seconds.values())
 
 
 @pytest.mark.parametrize("env, has_models", [("di_inv", False), ("cartpole_inv", True)])
 def test_vector_step_against_the_bare_mj_step_calls(env, has_models):
     vector, bare = benchmark.vector_step_times(env, contexts=3, steps=20)
-    assert vector > 0 and (bare > 0 if has_models else bare is None)
+    assert vector > 0
+    assert bare > 0 if has_models else bare is None
 
 
 def test_environments_lists_them_all(monkeypatch, capfd):
@@ -89,7 +91,8 @@ def test_environments_lists_them_all(monkeypatch, capfd):
     _, *rows = printed(capfd, "--environments")
     cells = {row[0]: row[1:] for row in rows}
     assert list(cells) == [env for env in aib_envs.ENVS if not env.startswith("ode_")]
-    assert cells["di_inv"] == ["1.00", "–", "–"] and cells["walker"] == ["3.00", "2.00", "1.50"]
+    assert cells["di_inv"] == ["1.00", "–", "–"]
+    assert cells["walker"] == ["3.00", "2.00", "1.50"]
     assert cells["cartpole_inv"] == ["20.00", "1.00", "20.00"]
 
 
@@ -112,8 +115,10 @@ def test_against_runs_the_code_of_the_other_folder(capfd, tmp_path):
     text = text.replace("        self.step += 1\n", "        self.step += 1; time.sleep(0.1)\n")
     (tmp_path / "dmash.py").write_text(text)
     _, here, there, ratio = printed(capfd, f"--against={tmp_path}")
-    assert here[:2] == ["this", "checkout"] and there[:2] == ["the", "other"]
-    assert 0 < float(here[2]) < 100 < float(there[2]) and 0 < float(ratio[1]) < 1
+    assert here[:2] == ["this", "checkout"]
+    assert there[:2] == ["the", "other"]
+    assert 0 < float(here[2]) < 100 < float(there[2])
+    assert 0 < float(ratio[1]) < 1
     (tmp_path / "dmash.py").write_text("print(1 / 0)")
     assert benchmark.main([*WORDS, f"--against={tmp_path}"]) == 2
     assert "its code does not run" in capfd.readouterr().err
@@ -135,4 +140,6 @@ def test_bad_input_is_one_line(words, message, capsys):
 def test_benchmark_runs_from_any_folder_without_installing(tmp_path):
     command = [sys.executable, str(ROOT / "studies" / "benchmark.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "--batch" in done.stdout and "--steps" not in done.stdout
+    assert done.returncode == 0
+    assert "--batch" in done.stdout
+    assert "--steps" not in done.stdout

@@ -125,11 +125,13 @@ def test_fresh_draws_give_each_loss_a_code_of_its_own(departing, noted):
     codes = [omega[0] for _, (_, omega) in inferred[-3:]]
     used = [critic[0][0][4][0], actor[0][0][3][0], actor[1][0][3][0]]
     for code, found in zip(codes, used):
-        assert torch.equal(code, found) and not found.requires_grad
+        assert torch.equal(code, found)
+        assert not found.requires_grad
     for one, other in itertools.combinations(codes, 2):
         assert not torch.allclose(one, other)
     for (_, (_, log_prob)), ((_, fresh, _), _) in zip(actor, temperature):
-        assert not fresh.requires_grad and not torch.allclose(log_prob, fresh)
+        assert not fresh.requires_grad
+        assert not torch.allclose(log_prob, fresh)
 
 
 @departs("dma_star_sh.apart", "dma_star.published")
@@ -149,14 +151,16 @@ def test_warm_ups_apart_fill_windows_but_no_batch(departing, noted):
     rollout.step()
     assert [noisy for (_, _, noisy), _ in acted] == [False] * K + [True]
     rollout.begin_episode(random=True)
-    assert len(acted) == K + 1 and replay.t == 150 + 120 + 2 * K + 1
+    assert len(acted) == K + 1
+    assert replay.t == 150 + 120 + 2 * K + 1
 
 
 @departs("dma_star.same_index", "dr.same_index", "dma_star_sh.published")
 def test_same_index_draws_the_same_times_in_all_contexts_but_the_first(departing):
     replay = departing.rollout.replay
     times = times_of(replay.sample(48), replay)  # (4, 12)
-    assert torch.equal(times[1], times[2]) and torch.equal(times[1], times[3])
+    assert torch.equal(times[1], times[2])
+    assert torch.equal(times[1], times[3])
     assert not torch.equal(times[0], times[1])
     assert len(times.unique()) > 15
 
@@ -179,7 +183,8 @@ def test_same_start_in_training_and_evaluation(departing, noted):
     assert returns.shape == diverged.shape == (4, 2)
     assert len(starts_of(resets)) == 4  # a warm-up and an episode each
     first, _ = dmash.evaluate(departing.agent, departing.cfg, contexts)
-    assert (first[:, 0] == returns[:, 0]).all() and len(starts_of(resets)) == 4
+    assert (first[:, 0] == returns[:, 0]).all()
+    assert len(starts_of(resets)) == 4
     dmash.evaluate(departing.agent, departing.cfg, contexts, seed=4)
     assert len(starts_of(resets)) == 6
 
@@ -189,7 +194,8 @@ def test_finished_batches_hold_no_transition_of_the_running_episode(departing):
     replay = departing.rollout.replay
     assert replay.t == 150 + 120 + 3 * K  # the third of three episodes with their warm-ups runs
     times = times_of(replay.sample(8192), replay)
-    assert times.max() == 2 * (K + T) - 1 and times.min() == K
+    assert times.max() == 2 * (K + T) - 1
+    assert times.min() == K
 
 
 def test_a_ring_that_wraps_around(tmp_path):
@@ -206,7 +212,8 @@ def test_a_ring_that_wraps_around(tmp_path):
     batch = replay.sample(4096)
     times = times_of(batch, replay).flatten()
     ended = sum(times == start + T - 1 for start in starts)
-    assert torch.equal(batch.discounts, 1.0 - ended) and ended.any()
+    assert torch.equal(batch.discounts, 1.0 - ended)
+    assert ended.any()
 
 
 @departs("dma_star_sh.epsilon")
@@ -274,7 +281,8 @@ def test_rl_losses_that_reach_eta_are_stepped_as_by_hand(departing):
 @departs("concat.scaled", "da.scaled")
 def test_scaled_contexts_span_one_in_training_and_more_beyond(departing, noted):
     c = departing.rollout.replay.sample(64).c
-    assert c.amin(0).tolist() == [-1, -1] and c.amax(0).tolist() == [1, 1]
+    assert c.amin(0).tolist() == [-1, -1]
+    assert c.amax(0).tolist() == [1, 1]
     assert torch.equal(departing.rollout.step()[3], c)  # what acting is told
     low, high = aib_envs.MASS.train
     contexts = [{"mass": high, "action_factor": -1.0}, {"mass": low, "action_factor": 1.0}]
@@ -337,4 +345,6 @@ def test_help_tells_each_departure():
 def test_bad_input_is_one_line(words, message, tmp_path, capsys):
     assert departures.main([*SHORT, f"--out={tmp_path}", *words.split()]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("departures.py: error: ") and message in said and said.count("\n") == 1
+    assert said.startswith("departures.py: error: ")
+    assert message in said
+    assert said.count("\n") == 1

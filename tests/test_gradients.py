@@ -48,7 +48,8 @@ def test_training_is_the_same_with_and_without_shadow_gradients(method, tmp_path
     plain = trained(dmash.Run, tmp_path, 6, method=method)
     generator = torch.get_rng_state()
     run = trained(gradients.ShadowRun, tmp_path, 6, method=method, eval_every=6)
-    assert len(run.shadows) == 6 and torch.equal(torch.get_rng_state(), generator)
+    assert len(run.shadows) == 6
+    assert torch.equal(torch.get_rng_state(), generator)
     assert torch.equal(run.rollout.replay.rows, plain.rollout.replay.rows)
     for other, expected in zip(run.agent.parameters(), plain.agent.parameters()):
         assert torch.equal(other, expected)
@@ -228,4 +229,6 @@ def test_help_says_its_own_name(capsys):
     with pytest.raises(SystemExit):
         gradients.main(["--help"])
     said = capsys.readouterr().out
-    assert said.startswith("usage: gradients.py ") and "--env" in said and "gradients.csv" in said
+    assert said.startswith("usage: gradients.py ")
+    assert "--env" in said
+    assert "gradients.csv" in said
