@@ -379,8 +379,9 @@ def test_what_is_refused_in_one_line(five_seeds, tmp_path, capsys):
 
 def test_names_that_would_break_a_table_or_are_no_text(tmp_path, capsys):
     odd = os.fsdecode(b"\xff|\n")
-    words = dict(version="a|b\n\x1b[31m", method="one|of\nmine")
-    make_run(tmp_path / "runs", "di_inv", "dr", 1, 50, folder=odd, **words)
+    folder = make_run(tmp_path / "runs", "di_inv", "dr", 1, 50, folder=odd, version="a|b\n\x1b")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"method": "one|of\nmine"}))
     text = compare.report_text(reader.read_runs([tmp_path]))
     (row, *_) = [line for line in text.splitlines() if line.startswith("| one")]
     assert row == "| one\\|of mine | 49.0 (1) |"
