@@ -28,17 +28,13 @@ the rate of the target critics. τ is here the part of the window that is read.
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
 
 Lines 3 to 7 use the batch and the ω of line 2: ω is not computed again after line 3.
-
 `Rollout.step` is line 1. `Replay.sample` samples. `Agent.update` is lines 2 to 7, line by line.
 `Run.gradient_step` calls these three: one step of all contexts, one batch, one update.
 
-A run begins with 5,000 random steps in each context. Every episode begins with a warm-up of K more
-steps. Then the environment is reset, the window stays, and the episode that counts begins. At
-evaluation the warm-up fills the window, which says nothing of a new context before. Training does
-the same, and stores these transitions too. So do all methods, to see the same amount of data.
-
-The method ends at the line "The method ends here". What follows starts, saves and draws runs:
-`python dmash.py --env cartpole_inv`, and `--help` tells the rest.
+Every episode begins with a warm-up: K steps fill the window, then the environment is reset, the
+window stays, and the episode that counts begins. Training stores the transitions of warm-ups too.
+All methods do so, to see the same amount of data. A run begins with 5,000 random steps per context.
+What follows the line "The method ends here" starts, saves and draws runs. `--help` tells how.
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual
 RL under Discontinuous Shifts", arXiv 2602.06550. Equations and algorithms have its numbers.
@@ -47,10 +43,8 @@ RL under Discontinuous Shifts", arXiv 2602.06550. Equations and algorithms have 
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import hashlib
-import io
 import json
 import math
 import os
@@ -87,10 +81,7 @@ def option(default, help, low=None, high=1e12):
 
 @dataclass
 class Config:
-    """All settings. The defaults are the paper's.
-
-    `complete` fills in what environment and method decide, and names a value that is not allowed.
-    """
+    """All settings. The defaults are the paper's; `complete` fills in those that are None."""
 
     env: str = option("cartpole_inv", "python aib_envs.py shows all; or module:id, or gymnasium:id")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
@@ -115,9 +106,7 @@ class Config:
     hidden: int = option(256, "width d_x of f, π and Q", 1)
     gamma: float = option(0.99, "γ, discount factor", 0, 1)
     polyak: float = option(0.005, "ρ, rate of the target critics' moving average", 1e-6, 1)
-    batch: int = option(
-        256, "transitions in a batch, rounded down to a multiple of N (256: 240)", 1
-    )
+    batch: int = option(256, "transitions in a batch, in fact a multiple of N (256: 240)", 1)
     dynamics_lr: float = option(3e-4, "α₃, learning rate of φ, η and θ", 1e-9, 1)
     critic_lr: float = option(1e-3, "α₂, learning rate of the critics", 1e-9, 1)
     actor_lr: float = option(3e-4, "α₁, learning rate of the policy", 1e-9, 1)
@@ -214,8 +203,7 @@ class Omega(NamedTuple):
     """ω, the weights of M adapters.
 
     Each sample has its own window, so its own z and ω: M = B. Where ω comes from the N true
-    contexts, M = N, and the B / N samples of a context share one row.
-    The code computes x W for row vectors x. Its matrices are the transposes of Eq. 3's.
+    contexts, M = N: the samples of a context share a row. The matrices are Eq. 3's, transposed.
     """
 
     W_down: torch.Tensor  # (M, 256, 32)
@@ -259,10 +247,9 @@ def adapter(x, omega):
 class Network(nn.Module):
     """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head.
 
-    In DMA*-SH `omega` is ω. Other methods (METHODS) pass z (B, 8) or the true contexts c (N, d_c)
-    in its place. `use` says what becomes of it: "concat" joins it to the input, "adapter" makes the
-    adapter of it, "none" ignores it. Where ω is not shared, `make_own` makes a hypernetwork that
-    belongs to this network and turns z or c into ω. d_x is the width.
+    In DMA*-SH `omega` is ω. Other methods pass z (B, 8) or the true contexts c (N, d_c) in its
+    place. `use`: "concat" joins it to the input, "adapter" makes the adapter of it, "none" ignores
+    it. Where ω is not shared, `make_own` makes a hypernetwork of this network, from z or c to ω.
     """
 
     def __init__(self, d_in, d_out, d_x=256, use="adapter", d_context=0, make_own=None):
@@ -357,10 +344,6 @@ class Batch(NamedTuple):
     tau: torch.Tensor  # (B, L, 2 d_s + d_a); None where there is no encoder
     c: torch.Tensor  # (N, d_c), the true contexts, which Concat and DA read
 
-    @property
-    def s2(self):
-        return self.s + self.ds  # (B, d_s), s'
-
 
 def dynamics_loss(f, omega, batch):
     """Eq. 1: ‖δŝ − δs‖², mean over samples and dimensions."""
@@ -368,13 +351,11 @@ def dynamics_loss(f, omega, batch):
 
 
 def critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma):
-    """SAC's Bellman error, summed over the two critics.
-
-    s' has the same ω as s, since a transition does not change the context.
-    """
+    """SAC's Bellman error, summed over both critics. s' has the context of s, so the same ω."""
     with torch.no_grad():
-        a2, log_prob = pi.sample(batch.s2, omega)
-        v2 = Q_target(batch.s2, a2, omega).amin(-1) - alpha * log_prob  # (B,)
+        s2 = batch.s + batch.ds  # (B, d_s), s'
+        a2, log_prob = pi.sample(s2, omega)
+        v2 = Q_target(s2, a2, omega).amin(-1) - alpha * log_prob  # (B,)
         target = batch.r + gamma * v2  # also at the time limit, which is not a terminal state
     q = Q(batch.s, batch.a, omega)  # (B, 2)
     return (q - target.unsqueeze(-1)).square().mean(0).sum()
@@ -542,7 +523,6 @@ class Method(NamedTuple):
     kl: float = 0.0  # β, weight of the KL term; above 0 the code is Gaussian
 
 
-# fmt: off
 METHODS = {
     #                         paper   context  π and Q    f    hypernetwork mask   in     out  kl
     "dma_star_sh":    Method("DMA*-SH",   "z", "adapter", "adapter", "shared", 0.4, True,  True),
@@ -558,15 +538,13 @@ METHODS = {
     "no_mask":        Method("ablation",  "z", "adapter", "adapter", "shared", 0.0, True,  True),
     "no_input_norm":  Method("ablation",  "z", "adapter", "adapter", "shared", 0.4, False, True),
     "no_output_norm": Method("ablation",  "z", "adapter", "adapter", "shared", 0.4, True,  False),
-}
-# fmt: on
+}  # fmt: skip
 
 
 class GaussianEncoder(ContextEncoder):
-    """The encoder of DMA-Pearl: z is a sample of N(mean, variance).
+    """The encoder of DMA-Pearl, with the layer norms of the published code.
 
-    `forward` also sets `kl` to KL(N(mean, variance) ‖ N(0, I)), mean over samples and dimensions.
-    The layer norms are those of the published code's preset.
+    z is a sample of N(mean, variance). `kl` is KL(N(mean, variance) ‖ N(0, I)), a mean over all.
     """
 
     def __init__(self, d_s, d_a, d_z, *options):
@@ -591,9 +569,9 @@ class GaussianEncoder(ContextEncoder):
 class Replay:
     """Transitions of N contexts that step together. Row t of the ring holds [s, a, δs, r] of all.
 
-    The window of transition t is rows t−K … t−1 of its context: past transitions only. A window may
-    reach back over a reset, which does not change the context, and before the first transition,
-    where the ring holds zeros, as if masked. There is no terminal flag: no state is terminal.
+    The window of transition t is rows t−K … t−1 of its context: past transitions only. It may reach
+    back over a reset, which keeps the context, and before the first transition, where the ring
+    holds zeros, as if masked. There is no terminal flag: no state is terminal.
     """
 
     def __init__(self, c, capacity, d_s, d_a, K, L):
@@ -630,14 +608,6 @@ class Replay:
         s, a, ds, r = rows.split([self.d_s, self.d_a, self.d_s, 1], -1)
         return Batch(s, a, ds, r.squeeze(-1), self.windows(n, t, noisy=True), self.c)
 
-    def state_dict(self):
-        filled = self.rows[: min(self.t, self.capacity)]
-        return {"rows": filled.clone(), "t": self.t}  # of a view, torch.save would store all rows
-
-    def load_state_dict(self, state):
-        self.t = state["t"]
-        self.rows[: len(state["rows"])] = state["rows"]
-
 
 # ---- Acting, and zero-shot evaluation -----------------------------------------------------------
 
@@ -645,18 +615,16 @@ class Replay:
 class Rollout:
     """Acts in all contexts at once. The last K transitions of its replay are the window.
 
-    noisy: collects for training. The encoder masks and subsamples at random, actions are sampled. A
-    number that is not finite raises FloatingPointError.
-    Otherwise: evaluates. Where a simulation diverges, `diverged` says so until the next reset, and
-    zeros replace what is not finite.
+    noisy: collects for training. Masks, subsets and actions are random. A number that is not finite
+    raises FloatingPointError. Otherwise: evaluates. Where a simulation diverges, zeros replace what
+    is not finite, and `diverged` says so until the next reset.
     """
 
     def __init__(self, agent, envs, noisy, capacity=None):
         cfg = agent.cfg
         self.agent, self.envs, self.noisy = agent, envs, noisy
         L = 0 if agent.g is None else cfg.L
-        c = self.tensor(envs.c)
-        self.replay = Replay(c, capacity or cfg.K, envs.d_s, envs.d_a, cfg.K, L)
+        self.replay = Replay(self.tensor(envs.c), capacity or cfg.K, envs.d_s, envs.d_a, cfg.K, L)
         self.s = torch.zeros(envs.N, envs.d_s, device=cfg.device)
         self.done, self.diverged = True, np.zeros(envs.N, dtype=bool)
 
@@ -710,22 +678,13 @@ class Rollout:
     def tensor(self, array):
         return torch.from_numpy(array).to(self.agent.cfg.device)
 
-    def state_dict(self):
-        replay, envs = self.replay.state_dict(), self.envs.state_dict()
-        return {"replay": replay, "envs": envs, "done": self.done, "s": self.s}
-
-    def load_state_dict(self, state):
-        self.replay.load_state_dict(state["replay"])
-        self.envs.load_state_dict(state["envs"])
-        self.done, self.s = state["done"], state["s"].to(self.s.device)
-
 
 def evaluate(agent, cfg, contexts, rollouts=1, seed=None):
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
-    Returns two arrays (contexts, rollouts): the returns, and which episodes diverged. Those keep
-    the reward collected until then. `seed` (default: the run's) decides the initial states, and the
-    first rollout has the same ones however many follow. Torch's generator is not used.
+    Returns two arrays (contexts, rollouts): the returns, and which episodes diverged, which keep
+    the reward until then. `seed` (default: the run's) decides the initial states. The first rollout
+    does not depend on how many follow. Torch's generator is not used.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
     envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
@@ -738,7 +697,7 @@ def evaluate(agent, cfg, contexts, rollouts=1, seed=None):
 
 
 # =================================================================================================
-# The method ends here. What follows starts, saves, resumes and draws runs.
+# The method ends here. What follows starts, saves and draws runs.
 # =================================================================================================
 
 try:
@@ -907,9 +866,6 @@ class Run:
                 steps = max(steps, run.cfg.steps)
             if steps is not None:
                 run.cfg.steps = number("--steps", steps, int, run.cfg.steps)
-            if run.rollout.envs.t is None and not run.rollout.done:
-                print(f"a new episode begins: the state of {run.cfg.env} cannot be saved")
-                run.rollout.done = True
             run.save()
             run.train()
 
@@ -1035,7 +991,7 @@ class Run:
 
     def state_dict(self):
         """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
-        optimizers = self.agent.optimizers
+        optimizers, rollout, replay = self.agent.optimizers, self.rollout, self.rollout.replay
         state = {name: getattr(self, name) for name in PLAIN}
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return state | {
@@ -1043,7 +999,11 @@ class Run:
             "seconds": time.perf_counter() - self.began,
             "agent": self.agent.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-            "rollout": self.rollout.state_dict(),
+            "replay": replay.rows[: replay.t].clone(),  # of a view, torch.save would store all rows
+            "t": replay.t,
+            "envs": rollout.envs.state_dict(),
+            "done": rollout.done,
+            "s": rollout.s,
             "generators": [torch.get_rng_state(), *gpus],
         }
 
@@ -1059,7 +1019,13 @@ class Run:
         self.agent.load_state_dict(state["agent"])
         for name, optimizer in self.agent.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        self.rollout.load_state_dict(state["rollout"])
+        rollout, replay = self.rollout, self.rollout.replay
+        replay.t = state["t"]
+        replay.rows[: replay.t] = state["replay"]
+        rollout.s = state["s"].to(self.cfg.device)
+        rollout.envs.load_state_dict(state["envs"])
+        # An environment of Gymnasium cannot be saved: it begins a new episode.
+        rollout.done = state["done"] or rollout.envs.t is None
         generator, *gpu_generators = state["generators"]
         torch.set_rng_state(generator)
         torch.cuda.set_rng_state_all(gpu_generators)
@@ -1071,20 +1037,18 @@ def evaluate_sets(agent, cfg, rollouts):
     contexts = [context for name in SETS for context in sets[name]]
     returns, diverged = evaluate(agent, cfg, contexts, rollouts)
     rows = []
-    for name in SETS:
-        for index, context in enumerate(sets[name]):
-            i = len(rows)
-            result = {"return": float(returns[i].mean()), "diverged": int(diverged[i].sum())}
-            rows.append({"set": name, "index": index} | context | result)
+    for i, context in enumerate(contexts):
+        place = {"set": SETS[i // cfg.contexts], "index": i % cfg.contexts}
+        result = {"return": float(returns[i].mean()), "diverged": int(diverged[i].sum())}
+        rows.append(place | context | result)
     return rows
 
 
 def by_set(rows, column, of=np.mean):
-    """The mean of a column in each set, or what `of` makes of it; nan where a set has no rows."""
+    """The mean of a column in each set, or what `of` makes of it."""
     result = {}
     for name in SETS:
-        values = [row[column] for row in rows if row["set"] == name]
-        result[name] = float(of(values)) if values else math.nan
+        result[name] = float(of([row[column] for row in rows if row["set"] == name]))
     return result
 
 
@@ -1165,14 +1129,13 @@ def progress(what, done, total, note):
 def code_version():
     """A hash of both source files and, where git tracks them, the commit that last changed them."""
     files = [Path(__file__).resolve(), Path(aib_envs.__file__).resolve()]
-    code = b"".join(path.read_bytes() for path in files)
-    version = hashlib.sha256(code).hexdigest()[:12]
-    command = ["git", "log", "-1", "--format=%h", "--", *files]
-    environment = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
-    options = dict(cwd=files[0].parent, env=environment, capture_output=True, text=True, timeout=10)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(command, **options).stdout.strip()
-        version += f" {commit}" if commit else ""
+    version = hashlib.sha256(files[0].read_bytes() + files[1].read_bytes()).hexdigest()[:12]
+    command = ["git", "-C", files[0].parent, "log", "-1", "--format= %h", "--", *files]
+    # Variables such as GIT_DIR would make git look into another repository.
+    variables = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
+    with contextlib.suppress(OSError):  # no git
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        version += done.stdout.rstrip()
     return version
 
 
@@ -1315,12 +1278,13 @@ class Policy:
 
 def csv_text(rows):
     """Dicts with the same keys as the text of a CSV file; floats have 6 digits."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
+    lines = [",".join(rows[0])]
     for row in rows:
-        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()])
-    return text.getvalue()
+        cells = [
+            f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()
+        ]
+        lines.append(",".join(cells))
+    return "\n".join(lines) + "\n"
 
 
 # ---- Picture ------------------------------------------------------------------------------------
@@ -1338,11 +1302,11 @@ def plot(run):
     curves, last = figure.subplots(1, 2, sharey=True)
     metrics = [evaluation["metrics"] for evaluation in run.history]
     steps = [row["step"] for row in metrics]
-    for name, colour in zip(SETS, ("tab:blue", "tab:green", "tab:red")):
-        curves.plot(steps, [row[name] for row in metrics], ".-", color=colour, label=name)
+    for name in SETS:
+        curves.plot(steps, [row[name] for row in metrics], ".-", label=name)
         rows = [row for row in run.history[-1]["contexts"] if row["set"] == name]
         values, returns = [row[dim.name] for row in rows], [row["return"] for row in rows]
-        last.plot(values, returns, "o", color=colour, alpha=0.7)
+        last.plot(values, returns, "o")
     curves.set_title(run.folder.resolve().name, parse_math=False)
     curves.set(xlabel="gradient steps", ylabel="average episodic return")
     curves.legend()
@@ -1377,7 +1341,7 @@ def build_parser():
     modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
     modes.add_argument("--go-on", action="store_true", help="start the run, or go on with it")
     modes.add_argument("--list-methods", action="store_true", help="print the table of methods")
-    parser.add_argument("--version", action="version", version=f"{__version__} {code_version()}")
+    modes.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("--per-context", action="store_true", help="with --eval: every context")
     for f in fields(Config):
         kind = {"action": "store_true"}
@@ -1404,9 +1368,6 @@ def exit_status(program, command):
         message, status = error, 2
     except FloatingPointError as error:
         message, status = error, 1
-    except BrokenPipeError:  # the reader of our output has left: nothing to tell it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
         message, status = f"{error.filename or 'output'}: {error.strerror}", 2
     except Stopped as stopped:
@@ -1426,6 +1387,7 @@ ALLOWED_WITH = {
     "eval": {"per_context", "rollouts", "threads", "device"},
     "resume": {"steps"},
     "list_methods": set(),
+    "version": set(),
 }
 
 
@@ -1442,6 +1404,8 @@ def run_command(given):
         print(("{:16}" + "{:13}" * 9).format("--method", *Method._fields))
         for name, method in METHODS.items():
             print(("{:16}" + "{!s:13}" * 9).format(name, *method))
+    elif "version" in given:
+        print(__version__, code_version())
     elif "per_context" in given:
         raise BadInput("--per-context: allowed only with --eval RUN")
     else:

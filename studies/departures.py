@@ -153,14 +153,6 @@ class Replay(dmash.Replay):
             batch.discounts[self.ends[t % self.capacity]] = 0
         return batch
 
-    def state_dict(self):
-        return super().state_dict() | {"warm_ups": self.warm_ups, "ends": self.ends}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.warm_ups[:] = state["warm_ups"]
-        self.ends[:] = state["ends"]
-
 
 class Rollout(dmash.Rollout):
     def __init__(self, agent, envs, **options):
@@ -296,13 +288,25 @@ class Agent(dmash.Agent):
         return losses
 
 
+class Run(dmash.Run):
+    def state_dict(self):
+        replay = self.rollout.replay
+        return super().state_dict() | {"warm_ups": replay.warm_ups, "ends": replay.ends}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        replay = self.rollout.replay
+        replay.warm_ups[:] = state["warm_ups"]
+        replay.ends[:] = state["ends"]
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 
 def departed():
     """In the block, dmash has the functions and classes of this file."""
     mine = dict(Config=Config, run_folder=run_folder, evaluate=evaluate)
-    mine |= dict(Replay=Replay, Rollout=Rollout, Actor=Actor, Agent=Agent)
+    mine |= dict(Replay=Replay, Rollout=Rollout, Actor=Actor, Agent=Agent, Run=Run)
     return mock.patch.multiple(dmash, **mine)
 
 

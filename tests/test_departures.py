@@ -104,8 +104,9 @@ def test_terminal_targets_end_where_episodes_end(departing):
     found = agent.update(batch, 1)["critic_loss"]
     torch.manual_seed(0)
     _, omega = before.infer(batch.tau, True, batch.c)
-    a2, log_prob = before.pi.sample(batch.s2, omega)
-    value = before.Q_target(batch.s2, a2, omega).amin(1) - before.alpha * log_prob
+    s2 = batch.s + batch.ds
+    a2, log_prob = before.pi.sample(s2, omega)
+    value = before.Q_target(s2, a2, omega).amin(1) - before.alpha * log_prob
     target = batch.r + 0.99 * value * ~ends
     errors = before.Q(batch.s, batch.a, omega) - target.unsqueeze(1)
     assert torch.allclose(found, errors.square().mean(0).sum())
