@@ -398,9 +398,11 @@ def test_binary_values_take_turns_in_any_environment(registered):
             assert list(contexts[0]) == list(default_of(env_id))
 
 
+PRINT = [sys.executable, HERE / "aib_envs.py"]
+
+
 def test_the_table_in_the_docstring_is_true_and_printed():
-    command = [sys.executable, HERE / "aib_envs.py"]
-    printed = subprocess.run(command, capture_output=True, text=True).stdout
+    printed = subprocess.run(PRINT, capture_output=True, text=True).stdout
     assert printed == aib_envs.__doc__ + "\n"
     rows = [line.split() for line in printed.splitlines()]
     table, first_in = dict(aib_envs.ENVS), {}
@@ -421,8 +423,7 @@ def test_a_reader_that_stops_early_sees_no_traceback():
     """As `python aib_envs.py | head -1`, where the reader has gone before the table comes."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, HERE / "aib_envs.py"]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    done = subprocess.run(PRINT, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert done.stderr == b""
 
@@ -452,7 +453,6 @@ def test_an_episode_by_the_conventions(env_id):
         if t % 500 == 30:
             last = env.render()
     assert (np.ptp(seen, axis=0) > 0).all()  # No element is constant.
-    assert picture.shape == (256, 256, 3) and picture.dtype == np.uint8
     assert np.ptp(picture) > 0 and not np.array_equal(picture, last)
     seconds = 0.1 if "di" in env_id else 0.01
     if isinstance(env.task, aib_envs.MujocoTask):
@@ -620,8 +620,6 @@ def test_bad_names_numbers_and_options_are_refused():
         context_sets("ode", 2.5)
     with refused("unknown option 'stat' (did you mean state?)"):
         env.reset(options={"stat": 1})
-    with refused("target [1, 2]: must be 0 finite numbers"):
-        env.reset(options={"target": [1, 2]})
     with refused("...: must be 1 finite numbers"):
         env.reset(options={"state": np.zeros(99)})
     with refused("options 5: must be a dict of values by name"):
@@ -817,9 +815,8 @@ def test_contexts_of_make_vec_by_the_name_of_a_set_by_values_or_at_reset():
     assert envs.step(envs.action_space.sample())[4]["context"]["length"].all()
     envs = make_vec("di_inv", 2, mass=0.6)
     envs.reset(seed=4, options={"contexts": [{"mass": 0.7}, {"action_factor": -1}]})
-    first, second = envs.context
-    assert first == {"mass": 0.7, "action_factor": 1}
-    assert second == {"mass": 0.6, "action_factor": -1}
+    second = {"mass": 0.6, "action_factor": -1}
+    assert envs.context == [{"mass": 0.7, "action_factor": 1}, second]
     single, actions = started("di_inv", 5, **second), np.full((2, 2), 0.3)
     assert_same(envs.step(actions)[0][1], single.step(actions[1])[0])
 
@@ -1197,10 +1194,3 @@ def test_both_files_compile(minor):
     code = "import ast, sys; [ast.parse(open(file, 'rb').read()) for file in sys.argv[1:]]"
     command = [pythons[0], "-c", code, HERE / "dmash.py", HERE / "aib_envs.py"]
     assert subprocess.run(command, capture_output=True).returncode == 0
-
-
-def test_type_hints_hold():
-    pytest.importorskip("mypy", reason="mypy is not installed")
-    command = [sys.executable, "-m", "mypy", "aib_envs.py"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
