@@ -424,7 +424,7 @@ def test_a_process_holds_its_folder_until_a_signal_ends_it(
 ):
     """What is left of it goes on to what a run without a signal computes."""
     monkeypatch.setattr(aib_envs, "ENVS", TABLE)
-    line = [sys.executable, str(ROOT / "dmash.py"), *arguments(tmp_path, K=6, steps=3_000)]
+    line = [sys.executable, str(ROOT / "dmash.py"), *arguments(tmp_path, steps=3_000)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     folder = folder_of(tmp_path)
     assert "step 0 of 3,000" in process.stdout.readline()
