@@ -11,14 +11,12 @@ task of each folder, and longer on a busy computer.
 
 import argparse
 import ast
-import contextlib
 import csv
 import os
 import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,9 +25,7 @@ from xml.etree import ElementTree
 
 from bugs import BUGS
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = ["pytest", "unittest", "sys.modules"]  # with them a student's file could alter tests
 
 STUBS = {  # function or class of dmash.py: the tests of test_dmash.py that say when it is right
@@ -69,6 +65,16 @@ def read(folder):
     return (folder / "dmash.py").read_text(encoding="utf-8-sig")
 
 
+def hand_out(folder, source, *tests):
+    """A new folder with the source as dmash.py, and what it needs."""
+    if folder.exists():
+        raise SystemExit(f"{folder} is there already")
+    folder.mkdir(parents=True)
+    (folder / "dmash.py").write_text(source, encoding="utf8")
+    for name in ("aib_envs.py", "exercises/point.py", *tests):
+        shutil.copy(ROOT / name, folder)
+
+
 # ---- Stubs and bugs -----------------------------------------------------------------------------
 
 
@@ -76,8 +82,10 @@ def find(source, name):
     """The syntax tree of a function, a class, or a method (Class.method)."""
     node = ast.parse(source)
     for part in name.split("."):
-        named = [child for child in node.body if isinstance(child, (ast.FunctionDef, ast.ClassDef))]
-        node = {child.name: child for child in named}[part]
+        found = [child for child in node.body if getattr(child, "name", None) == part]
+        if len(found) != 1:
+            raise ValueError(f"{name} stands {len(found)} times in dmash.py")
+        node = found[0]
     return node
 
 
@@ -87,9 +95,8 @@ def stub(source, name):
     Signatures, docstrings and the numbered lines of an algorithm stay.
     """
     lines = source.split("\n")
-    functions = [find(source, name)]
-    if isinstance(functions[0], ast.ClassDef):
-        functions = [child for child in functions[0].body if isinstance(child, ast.FunctionDef)]
+    nodes = list(ast.walk(find(source, name)))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     for function in reversed(functions):  # the last one first, so that line numbers stay true
         first = function.body[0]
         start = first.lineno - 1
@@ -111,41 +118,27 @@ def plant(source, bug):
     return source
 
 
-def hand_out(folder, source, with_tests):
-    """A new folder with the source as dmash.py, and what it needs."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise SystemExit(f"--out {folder}: {error.strerror}") from None
-    (folder / "dmash.py").write_text(source, encoding="utf8")
-    shutil.copy(ROOT / "aib_envs.py", folder)
-    shutil.copy(HERE / "point.py", folder)
-    if with_tests:
-        shutil.copy(ROOT / "test_dmash.py", folder)
-
-
-def make_stubs(names, folder):
+def make_stubs(names, out):
     source, tests = read(ROOT), []
     for name in names:
         source = stub(source, name)
-        tests += [f"{folder}/test_dmash.py::{test}" for test in STUBS[name]]
-    hand_out(folder, source, with_tests=True)
-    print(f"{folder}/dmash.py: fill in {', '.join(names)}.")
+        tests += [f"{out}/test_dmash.py::{test}" for test in STUBS[name]]
+    hand_out(out, source, "test_dmash.py")
+    print(f"{out}/dmash.py: fill in {', '.join(names)}.")
     print("Only what stands inside is marked: no helper, import or constant outside counts.")
     print("When this passes, you are right:")
     print(shlex.join(["python", "-m", "pytest", "-q", *tests]))
 
 
-def make_bugs(name, folder, seed):
+def make_bugs(name, out, seed):
     """Without tests, which would tell the bug at once."""
-    names, folders = [name], [folder]
     if name == "random":
-        names = [random.Random(seed).choice(list(BUGS))]
+        name = random.Random(seed).choice(list(BUGS))
+    folders = {out: name}
     if name == "all":
-        names = list(BUGS)
-        folders = [folder / f"{number:02}" for number in range(1, len(BUGS) + 1)]
-    for name, folder in zip(names, folders):
-        hand_out(folder, plant(read(ROOT), BUGS[name]), with_tests=False)
+        folders = {out / f"{number:02}": name for number, name in enumerate(BUGS, 1)}
+    for folder, name in folders.items():
+        hand_out(folder, plant(read(ROOT), BUGS[name]))
         print(f"{folder}/dmash.py: one line or a few are wrong. Which?")
 
 
@@ -155,57 +148,35 @@ def make_bugs(name, folder, seed):
 def transplant(source, name):
     """The teacher's dmash.py with a student's function or class `name` in it."""
     ours = read(ROOT)
-    old, new = find(ours, name), find(source, name)
-    lines = ours.split("\n")
-    lines[old.lineno - 1 : old.end_lineno] = source.split("\n")[new.lineno - 1 : new.end_lineno]
-    return "\n".join(lines)
+    old, new = [ast.get_source_segment(text, find(text, name)) for text in (ours, source)]
+    return ours.replace(old, new)
 
 
-def cases_of(tests):
-    """The names of all cases of these tests, in order: a parametrised test has several."""
-    command = [*PYTEST, "--collect-only", *(f"test_dmash.py::{test}" for test in tests)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"your own files are broken:\n{done.stdout}")
-    return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+def run_tests(task, source, timeout):
+    """Which cases of the task's tests pass on a source, in a process of its own: {case: passed}.
 
-
-def passing(source, tests, timeout):
-    """The names of the cases that pass, and what stopped the tests ("" if nothing did).
-
-    They run on this source in a process of their own.
+    Nothing, if it crashes, takes too long, or leaves before all tests are done.
     """
+    tests = [f"test_dmash.py::{test}" for test in TASKS[task]]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         place = Path(folder) / "marked"
-        hand_out(place, source, with_tests=True)
-        report = Path(folder) / "report.xml"
-        command = [*PYTEST, f"--junitxml={report}", *(f"test_dmash.py::{test}" for test in tests)]
-        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        process = subprocess.Popen(command, cwd=place, start_new_session=True, **silent)
-        problem = "crashed"
+        hand_out(place, source, "test_dmash.py")
+        command = [sys.executable, "-m", "pytest", "--junitxml=report.xml", *tests]
+        options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=timeout)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            problem = "timed out"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
-        process.wait()
-        # A process that crashed, was killed or left by os._exit has written no report.
-        try:
-            [suite] = ElementTree.parse(report).iter("testsuite")
-        except (OSError, ElementTree.ParseError, ValueError):
-            return set(), problem
+            subprocess.run(command, cwd=place, env=one_thread, **options)
+            suite = ElementTree.parse(place / "report.xml").find("testsuite")
+        except (subprocess.TimeoutExpired, OSError):  # a process that crashed wrote no report
+            return {}
     cases = suite.findall("testcase")
-    if suite.get("tests") != str(len(cases)):  # pytest.exit() left one of them
-        return set(), "crashed"
-    if [case.get("name") for case in cases] == ["test_dmash"]:  # the file of the tests itself
-        return set(), "import failed"
-    passed = {case.get("name") for case in cases if len(case) == 0}  # else: a failure or a skip
-    return passed, ""
+    if suite.get("tests") != str(len(cases)):  # interrupted in one of them
+        return {}
+    return {case.get("name"): len(case) == 0 for case in cases}  # else: a failure or a skip
 
 
-def mark(folder, task, cases, timeout):
-    """How many of the cases pass on a student's dmash.py, and the reason if not all do."""
+def mark(folder, task, timeout):
+    """How many cases pass on a student's dmash.py, and what is wrong with it ("" if nothing is)."""
     try:
         source = read(folder)
         if task != "bug":
@@ -213,80 +184,65 @@ def mark(folder, task, cases, timeout):
         code = ast.unparse(ast.parse(source))  # without comments, which may name anything
     except OSError:
         return 0, "no dmash.py"
-    except KeyError:
-        return 0, f"no {task} in dmash.py"
-    except Exception:  # whatever else a student's file makes the reader raise
-        return 0, "not Python"
+    except Exception as error:  # whatever a student's file makes its reader raise
+        return 0, repr(error)
     for word in FORBIDDEN:
-        if code.count(word) > read(ROOT).count(word):
+        if word in code:
             return 0, f"names {word}"
-    passed, reason = passing(source, TASKS[task], timeout)
-    failed = [case for case in cases if case not in passed]
-    if failed and reason == "":
-        reason = failed[0]
+    cases = run_tests(task, source, timeout)
+    if not cases:
+        return 0, "crashed, left, or took too long"
+    failed = [case for case, passed in cases.items() if not passed]
+    reason = failed[0] if failed else ""
     return len(cases) - len(failed), reason
 
 
-def print_marks(folders, tasks, as_csv, timeout):
+def print_marks(folders, tasks, timeout, as_csv):
     """A row for each task of each folder. Returns the exit status: 0 if all tests pass."""
-    for folder in folders:
-        if not folder.is_dir():
-            print(f"{folder}: no such folder", file=sys.stderr)
-            return 2
-    cases = {task: cases_of(TASKS[task]) for task in tasks}
-    width = max(len(str(folder)) for folder in ["folder", *folders])
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer, status = csv.writer(sys.stdout, lineterminator="\n"), 0
 
-    def show(folder, *row):
+    def show(*row):
         if as_csv:
-            writer.writerow([folder, *row])
+            writer.writerow(row)
         else:
-            print(f"{folder!s:{width}}", "{:15} {:>8} {:>7}  {}".format(*row), flush=True)
+            print("{:15} {:>8} {:>7}  {}  {}".format(*row), flush=True)
 
-    status = 0
-    show("folder", "task", "passed", "points", "reason")
-    for folder in folders:
-        for task in tasks:
-            passed, reason = mark(folder, task, cases[task], timeout)
-            points = 1
-            if passed < len(cases[task]):
-                points, status = 0, 1
-            show(folder, task, f"{passed} of {len(cases[task])}", points, reason)
+    show("task", "passed", "points", "folder", "reason")
+    for task in tasks:
+        ours = run_tests(task, read(ROOT), timeout)
+        if not ours or not all(ours.values()):
+            raise SystemExit(f"{task}: your own files fail, or take more than {timeout} seconds")
+        for folder in folders:
+            passed, reason = mark(folder, task, timeout)
+            points = int(passed == len(ours))
+            if points == 0:
+                status = 1
+            show(task, f"{passed} of {len(ours)}", points, folder, reason)
     return status
 
 
-def task_name(word):
-    if word not in TASKS:
-        raise argparse.ArgumentTypeError(f"{word} is no task. Folders stand before --tasks")
-    return word
-
-
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     command = commands.add_parser("stub", help="empty functions, to be filled in")
     command.add_argument("names", nargs="+", choices=STUBS, metavar="NAME", help=", ".join(STUBS))
     command.add_argument("--out", type=Path, required=True, help="a new folder")
+    command.set_defaults(run=make_stubs)
     command = commands.add_parser("bug", help="one silent bug, to be found")
     command.add_argument("name", choices=[*BUGS, "all", "random"])
     command.add_argument("--out", type=Path, required=True, help="a new folder; all: one for each")
     command.add_argument("--seed", type=int, help="of random: the same seed, the same bug")
+    command.set_defaults(run=make_bugs)
     usage = "%(prog)s FOLDER [FOLDER ...] --tasks TASK [TASK ...] [--timeout SECONDS] [--csv]"
     command = commands.add_parser("mark", help="run this repository's tests", usage=usage)
-    command.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    command.add_argument("--tasks", nargs="+", type=task_name, required=True, help=", ".join(TASKS))
-    command.add_argument(
-        "--timeout", type=float, default=60, help="seconds on the clock for a task (60)"
-    )
-    command.add_argument("--csv", action="store_true", help="print a CSV table")
-    given = parser.parse_args()
-    if given.command == "stub":
-        make_stubs(given.names, given.out)
-    if given.command == "bug":
-        make_bugs(given.name, given.out, given.seed)
-    if given.command == "mark":
-        return print_marks(given.folders, given.tasks, given.csv, given.timeout)
-    return 0
+    command.add_argument("folders", nargs="+", type=Path)
+    command.add_argument("--tasks", nargs="+", choices=TASKS, required=True)
+    command.add_argument("--timeout", type=float, default=60, help="seconds for a task (60)")
+    command.add_argument("--csv", action="store_true", dest="as_csv", help="print a CSV table")
+    command.set_defaults(run=print_marks)
+    given = vars(parser.parse_args(argv))
+    run = given.pop("run")
+    return run(**given)
 
 
 if __name__ == "__main__":
