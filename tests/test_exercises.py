@@ -140,25 +140,17 @@ class Cases:
 
 
 @pytest.fixture
-def planted(monkeypatch):
-    """Puts a source in the place of the module dmash, in this process."""
+def passed(monkeypatch):
+    """Puts a source in the place of the module dmash, in this process, and runs tests on it.
 
-    def plant(source):
+    Returns for each case whether it passed.
+    """
+
+    def run(source, tests):
         module = types.ModuleType("dmash")
         module.__file__ = dmash.__file__
         monkeypatch.setitem(sys.modules, "dmash", module)
         exec(source, vars(module))
-        return module
-
-    return plant
-
-
-@pytest.fixture
-def passed(planted, monkeypatch):
-    """Runs tests of test_dmash.py on a source: which of their cases pass."""
-
-    def run(source, tests):
-        planted(source)
         monkeypatch.setitem(sys.modules, "test_dmash", None)
         del sys.modules["test_dmash"]  # so that it is imported again; afterwards it is as before
         cases = Cases()
@@ -200,18 +192,16 @@ def test_a_stub_keeps_signatures_docstrings_and_all_other_code(name):
 
 
 @pytest.mark.parametrize("name", make.BUGS)
-def test_a_bug_is_noticed_by_its_test(name, passed):
+def test_a_bug_is_noticed_by_its_test_and_does_not_stop_training(
+    name, passed, monkeypatch, tmp_path
+):
     bug = make.BUGS[name]
     assert False in passed(make.plant(SOUND, bug), [bug.test])
-
-
-@pytest.mark.parametrize("name", make.BUGS)
-def test_a_bug_does_not_stop_training(name, planted, monkeypatch, tmp_path):
     short = dataclasses.replace(aib_envs.ENVS["di_inv"], horizon=20)
     monkeypatch.setitem(aib_envs.ENVS, "di_inv", short)
-    module = planted(make.plant(SOUND, make.BUGS[name]))
+    planted = sys.modules["dmash"]
     settings = dict(contexts=2, batch=8, hidden=16, bottleneck=4, K=5, random_steps=10, threads=1)
-    run = module.Run(module.Config(env="di_inv", **settings), tmp_path)
+    run = planted.Run(planted.Config(env="di_inv", **settings), tmp_path)
     for _ in range(10):
         run.rollout.collect(random=True)
     for _ in range(25):  # past the end of an episode
@@ -241,10 +231,9 @@ def test_the_command_of_a_stub_passes_with_a_solution(tmp_path):
     assert "2 passed" in done.stdout
 
 
-@pytest.mark.parametrize("words", [["stub", "adapter"], ["bug", "random"]])
-def test_a_folder_that_is_there_is_left_alone(words, tmp_path):
-    with pytest.raises(SystemExit, match=f"{tmp_path} is there already"):
-        make.main([*words, "--out", str(tmp_path)])
+def test_a_folder_that_is_there_is_left_alone(tmp_path):
+    with pytest.raises(SystemExit, match="is there already"):
+        make.main(["stub", "adapter", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
 
@@ -260,13 +249,13 @@ def test_bugs_are_handed_out_without_their_names_and_without_tests(tmp_path, cap
 
 
 def test_a_seed_draws_the_same_bug_again_and_seeds_draw_many(tmp_path):
-    drawn = []
-    for seed in (*range(10), *range(10)):
-        folder = tmp_path / str(len(drawn))
-        make.main(["bug", "random", "--seed", str(seed), "--out", str(folder)])
-        drawn.append(make.read(folder))
-    assert drawn[:10] == drawn[10:]
-    assert len(set(drawn)) >= 4
+    def draw(seed, folder):
+        make.make_bugs("random", folder, seed)
+        return make.read(folder)
+
+    once, again = [[draw(seed, tmp_path / f"{n} {seed}") for seed in range(10)] for n in range(2)]
+    assert once == again
+    assert len(set(once)) >= 4
 
 
 # ---- Marks --------------------------------------------------------------------------------------
@@ -320,7 +309,7 @@ ANSWERS = [  # task, dmash.py, cases passed, how the reason begins
     ("bug", b"\xef\xbb\xbfdef two(): return 2\ndef double(x): return two() * x", 2, ""),
     ("bug", b"1 / 0", 0, "test_dmash"),  # it cannot be imported
     ("bug", b"import os; os._exit(0)", 0, STOPPED),
-    ("bug", b"exit(0)", 0, STOPPED),
+    ("bug", b"exit(0)", 0, ""),  # pytest's own name for it is the reason
     ("bug", b"import sys; sys.modules['test_dmash'] = None", 0, "names sys.modules"),
 ]
 
