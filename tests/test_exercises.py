@@ -180,7 +180,7 @@ def test_a_stub_keeps_signatures_docstrings_and_all_other_code(name):
     for source in (SOUND, stubbed):
         node = make.find(source, name)
         functions = [child for child in ast.walk(node) if isinstance(child, ast.FunctionDef)]
-        outside = source.replace(ast.get_source_segment(source, node), "")
+        outside = ast.dump(ast.parse(source.replace(ast.get_source_segment(source, node), "pass")))
         heads = [(f.name, ast.dump(f.args), ast.get_docstring(f)) for f in functions]
         numbered = re.findall(r"^ +# \d  .*", source, re.M)  # lines 2 to 7 of Algorithm 2
         kept.append([outside, heads, numbered])
