@@ -155,7 +155,8 @@ def passed(monkeypatch):
         del sys.modules["test_dmash"]  # so that it is imported again; afterwards it is as before
         cases = Cases()
         paths = [f"{ROOT}/test_dmash.py::{test}" for test in tests]
-        pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", *paths], [cases])
+        quiet = ["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        pytest.main([*quiet, *paths], [cases])
         return list(cases.passed.values())
 
     return run
@@ -324,7 +325,7 @@ def test_what_a_student_hands_in_is_marked(task, text, passed, reason, teacher, 
 
 def test_a_class_is_marked_by_the_tests_of_the_teacher(teacher, tmp_path, monkeypatch, capsys):
     """One right, one wrong, and one that edits its tests and leaves with status 0."""
-    cheat = DOUBLE.replace("return", "__import__('os')._exit(0)")
+    cheat = "def double(x): __import__('os')._exit(0)"
     for name, text in (("ann", DOUBLE), ("bob", "def double(x): return x"), ("eve", cheat)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "dmash.py").write_text(text)
