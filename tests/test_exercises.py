@@ -296,7 +296,7 @@ def inside(line):
 
 
 ANSWERS = [  # task, dmash.py, cases passed, how the reason begins
-    ("double", inside("return x + x  # as pytest says"), 2, ""),
+    ("double", inside("return x + x"), 2, ""),
     ("double", inside("return x"), 1, "test_three"),
     ("double", inside("exit(0)"), 0, "test_zero"),
     ("double", inside("__import__('os')._exit(0)"), 0, STOPPED),
