@@ -307,7 +307,7 @@ ANSWERS = [  # task, dmash.py, cases passed, how the reason begins
     ("double", b"def double(:", 0, "SyntaxError"),
     ("double", "ä".encode("latin1"), 0, "UnicodeDecodeError"),
     ("double", b"x = 1", 0, "ValueError('double stands 0 times"),
-    ("bug", b"\xef\xbb\xbfdef two(): return 2\ndef double(x): return two() * x", 2, ""),
+    ("bug", b"\xef\xbb\xbf# no pytest\ntwo = 2\ndef double(x): return two * x", 2, ""),
     ("bug", b"1 / 0", 0, "test_dmash"),  # it cannot be imported
     ("bug", b"import os; os._exit(0)", 0, STOPPED),
     ("bug", b"exit(0)", 0, ""),  # pytest's own name for it is the reason
