@@ -335,7 +335,7 @@ def test_a_class_is_marked_by_the_tests_of_the_teacher(teacher, tmp_path, monkey
         ["task", "passed", "points", "folder", "reason"],
         ["double", "2 of 2", "1", "ann", ""],
         ["double", "1 of 2", "0", "bob", "test_three"],
-        ["double", "0 of 2", "0", "eve", STOPPED[1]],
+        ["double", "0 of 2", "0", "eve", STOPPED],
         ["double", "0 of 2", "0", "gone", "no dmash.py"],
     ]
     assert make.main(["mark", "ann", "bob", "eve", "gone", "--tasks", "double", "--csv"]) == 1
