@@ -151,7 +151,7 @@ def test_bad_plan_is_one_line(words, message, capsys):
 def make_run(root, env, method, seed, level, done=10, folder=None, n=4, **config):
     """A run folder as dmash.py writes it: returns of `level`, and 3 less on eval_out."""
     cfg = dmash.quick(env=env, method=method, seed=seed, steps=10, contexts=n, threads=1)
-    folder = root / (folder or f"{env}__{method}__quick__s{seed}")
+    folder = Path(root) / (folder or f"{env}__{method}__quick__s{seed}")
     folder.mkdir(parents=True)
     versions = dict(version="v1", torch="2.0", numpy="2.0", mujoco="3.0", gymnasium="1.0")
     (folder / "config.json").write_text(json.dumps(asdict(cfg) | versions | config))
