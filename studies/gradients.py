@@ -148,7 +148,7 @@ class ShadowRun(dmash.Run):
 
 
 def read(folder):
-    """A run's method, its name in the legend, and columns of its gradients.csv, nan for blanks."""
+    """The method, the name in the legend, and columns of its gradients.csv, nan for blanks."""
     rows = reader.read_table(folder / "gradients.csv", ("step", "E_z_pi", "Var_z_pi"), texts=())
     if not rows:
         raise dmash.BadInput(f"{folder}: gradients.csv has no rows yet")
@@ -158,7 +158,7 @@ def read(folder):
     columns = {}
     for column in ["step", *PANELS, "Var_cos_d_pi", "Var_cos_pi_Q"]:
         columns[column] = np.array([row.get(column, math.nan) for row in rows])
-    return config["method"], name, columns
+    return reader.paper_name(config["method"]), name, columns
 
 
 def figure(runs):
