@@ -3,20 +3,21 @@
     python studies/theory.py                    all of them; a minute or two on one thread
     python studies/theory.py a1 a6 --seed 2     some of them, with other random numbers
 
-The program prints numbers and writes them to theory.txt in --out. It draws a figure of each
-theorem, a1.png and so on. Theorems have the numbers of the paper's second version. The docstrings
-of a1, a2, a5, a6, a15 and a17 say what is claimed, built and measured, and when the claim holds.
+The program prints numbers and writes them to theory.txt in --out, beside a figure of the first
+theorem, a1.png, which needs matplotlib. Theorems have the numbers of the paper's second version.
+The docstrings of a1, a2, a5, a6, a15 and a17 say what is claimed, built and measured, and when the
+claim holds. These functions return the numbers by what they are, and a figure or None.
 """
 
 import sys
 from argparse import RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
+from matplotlib.figure import Figure
 from mutual_information import variability
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 
@@ -26,19 +27,6 @@ import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
 TRAINED = ROOT / "results/agent"
-
-
-class Panel(NamedTuple):
-    """One panel of a theorem's figure."""
-
-    title: str
-    xlabel: str
-    ylabel: str
-    curves: dict  # by label: (x, y) or (x, y, standard deviation)
-    xscale: str = "linear"
-    yscale: str = "linear"
-    image: np.ndarray | None = None  # of a function on [-1, 1]²
-
 
 # ---- What several theorems need -----------------------------------------------------------------
 
@@ -106,8 +94,9 @@ def a1(seed, steps=1500, n=257):
     The last number must be at least 1.
     """
     s, z = 100 * torch.randn(2, 10000, 1)
-    product = hypernetwork_by_hand(torch.ones(1, 1), torch.ones(1, 1))
-    exact = largest(adapter(s, product(z)) - s * z)
+    one = torch.ones(1, 1)
+    omega = hypernetwork_by_hand(one, one)(z)
+    exact = largest(adapter(s, omega) - s * z)
 
     f = dmash.Network(1, 1, d_x=16, use="concat", d_context=1)
 
@@ -117,8 +106,7 @@ def a1(seed, steps=1500, n=257):
 
     train(f.parameters(), loss, steps, 3e-3)
     error, piece = errors_and_pieces(f, n)
-    squares = squares_inside_pieces(error, piece)
-    delta, mixed, mixed_everywhere, least, median = np.array(squares).T
+    delta, mixed, mixed_everywhere, least, median = squares_inside_pieces(error, piece)
     floor = delta**2 / 4
     numbers = {
         "adapter, s and z up to 400: largest error": exact,
@@ -127,16 +115,20 @@ def a1(seed, steps=1500, n=257):
         "its mean over all cells": mixed_everywhere[0],
         "largest error in a square inside a piece / (δ²/4), at least": (least / floor).min(),
     }
-    curves = {"median square": (delta, median), "least": (delta, least), "δ²/4": (delta, floor)}
-    # The edges of the pieces stay white.
+    # In the picture, the edges of the pieces stay white.
     whole_cell = (corners(piece, 1) == piece[1:, 1:]).all(0)
     image = np.where(whole_cell, np.abs(error[1:, 1:]), np.nan).T
-    return numbers, [
-        Panel("error of a network on [s; z]; white: its edges", "s", "z", {}, image=image),
-        Panel(
-            "squares inside a piece", "side δ", "largest error at a corner", curves, "log", "log"
-        ),
-    ]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = left.imshow(image, "cividis", origin="lower", extent=(-1, 1, -1, 1))
+    figure.colorbar(shown, ax=left)
+    left.set(title="error of a network on [s; z]; white: its edges", xlabel="s", ylabel="z")
+    right.loglog(delta, median, "o-", color="#0072B2", label="median square")
+    right.loglog(delta, least, "^-", color="#D55E00", label="least")
+    right.loglog(delta, floor, "x-", color="k", label="δ²/4")
+    right.set(title="squares inside a piece", xlabel="side δ", ylabel="largest error at a corner")
+    right.legend()
+    return numbers, figure
 
 
 @torch.no_grad()
@@ -157,7 +149,7 @@ def corners(values, k):
 
 
 def squares_inside_pieces(error, piece):
-    """A row for each size of square, as long as one lies inside a piece.
+    """Five arrays with a number for each size of square, as long as one lies inside a piece.
 
     Side δ; largest mixed second difference of f; its mean over all squares; and of the largest
     error at the corners of a square, the least and the median.
@@ -173,10 +165,10 @@ def squares_inside_pieces(error, piece):
         delta = 2 * k / (n - 1)
         e = corners(error, k)
         mixed = 1 + (e[0] - e[1] - e[2] + e[3]) / delta**2  # that of s·z is 1
+        largest_mixed = np.abs(mixed[inside]).max()
         worst = np.abs(e).max(0)[inside]
-        flattest = np.abs(mixed[inside]).max()
-        rows.append((delta, flattest, mixed.mean(), worst.min(), np.median(worst)))
-    return rows
+        rows.append((delta, largest_mixed, mixed.mean(), worst.min(), np.median(worst)))
+    return np.array(rows).T
 
 
 # ---- A.2: operators -----------------------------------------------------------------------------
@@ -197,7 +189,7 @@ def a2(seed, m=64):
     half = torch.eye(m // 2)
     inversion = hypernetwork_by_hand(-2 * torch.eye(m), torch.eye(m))
     swap = hypernetwork_by_hand(torch.cat([half, -half]), torch.cat([-half, half], 1))
-    off, on = torch.zeros(1, 1), torch.ones(1, 1)  # z
+    on = torch.ones(1, 1)  # z
     x = torch.randn(10000, m)
     s = torch.randn(400, 5)
     inverted = x + adapter(x, inversion(on))
@@ -215,19 +207,15 @@ def a2(seed, m=64):
     for p in flipped_policy.trunk[2].parameters():
         p[m // 2 :] = -p[: m // 2]  # x = (y, -y)
 
-    curves = {}
     for name, pi, h, R in (
         ("flipped", flipped_policy, inversion, flip),
         ("swapped", swapped_policy, swap, exchange),
         ("flipped, as drawn", drawn_policy, inversion, flip),
     ):
-        goal = torch.cat(pi(s, h(off)), 1) @ R.T  # (400, 4)
+        goal = torch.cat(pi(s, h(0 * on)), 1) @ R.T  # (400, 4)
         found = torch.cat(pi(s, h(on)), 1)
-        error = largest(found - goal)
-        numbers[f"policy {name}: largest error of means and log stds"] = error
-        curves[name] = (goal[:, 0], found[:, 0])
-    title = "means of an action in 400 states"
-    return numbers, [Panel(title, "as it should be", "as it is, adapter on", curves)]
+        numbers[f"policy {name}: largest error of means and log stds"] = largest(found - goal)
+    return numbers, None
 
 
 def make_symmetric(head, R):
@@ -255,24 +243,27 @@ def a5(seed, steps=2000, m=8, restarts=3):
     widths = [1, 2, 4, 8, 16, 32]
     ranks = [largest_rank(k) for k in widths]
 
-    k = torch.arange(1, 2 * m + 1).repeat(restarts)
+    units = torch.arange(1, 2 * m + 1)
+    k = units.repeat(restarts)
     rows = len(k)  # adapters trained side by side, row i with k[i] units
-    cut = (torch.arange(2 * m) < k[:, None]).float().unsqueeze(-1)  # (rows, 2 m, 1), 0 or 1
+    cut = (units <= k[:, None]).unsqueeze(-1)  # (rows, 2 m, 1), True or False
     shapes = dmash.Hypernetwork(d_x=m, bottleneck=2 * m).shapes
     weights = [nn.Parameter(torch.randn(rows, *shape) / m**0.5) for shape in shapes]
 
     def error(x):
-        omega = dmash.Omega(*weights)
-        return adapter(x, omega._replace(W_up=omega.W_up * cut)) + 2 * x
+        """Of all adapters for the same x (B, m): (rows, B, m)."""
+        W_down, b_down, W_up, b_up = weights
+        x = x.repeat(rows, 1)
+        y = adapter(x, dmash.Omega(W_down, b_down, W_up * cut, b_up))
+        return (y + 2 * x).unflatten(0, (rows, -1))
 
     def loss():
-        x = uniform(64, m).repeat(rows, 1)  # the same for each adapter
-        return error(x).square().sum()
+        return error(uniform(64, m)).square().sum()
 
     def share_missed(scale):
         """For 1 to 2 m units, by the best of the restarts."""
-        x = scale * uniform(20000, m).repeat(rows, 1)
-        missed = error(x).detach().square().view(rows, -1).mean(1)
+        x = scale * uniform(20000, m)
+        missed = error(x).detach().square().mean((1, 2))
         share = missed / (2 * x).square().mean()
         return share.view(restarts, -1).amin(0).tolist()
 
@@ -285,32 +276,21 @@ def a5(seed, steps=2000, m=8, restarts=3):
         what: near,
         "the same, in ten times the range trained on": far,
     }
-    units = range(1, 2 * m + 1)
-    curves = {
-        "in the range trained on": (units, near),
-        "in ten times that": (units, far),
-        "floor 1 − k/m": (units, [max(1 - k / m, 0) for k in units]),
-    }
-    title = f"inverting {m} numbers"
-    return numbers, [Panel(title, "width k of the bottleneck", "share of −2x missed", curves)]
+    return numbers, None
 
 
 def largest_rank(width):
     """The largest rank of ∂g/∂x at 300 points, for one random ω of a bottleneck."""
     h = dmash.Hypernetwork(d_x=64, bottleneck=width).double()
     omega = h(torch.randn(1, 8).double())
-
-    def g(x):
-        return adapter(x[None], omega)[0]
-
-    jacobians = vmap(jacrev(g))(3 * torch.randn(300, 64).double())  # (300, 64, 64)
-    return torch.linalg.matrix_rank(jacobians).max().item()
+    x = 3 * torch.randn(300, 1, 64).double()
+    jacobians = vmap(jacrev(adapter), (0, None))(x, omega)  # (300, 1, 64, 1, 64)
+    return torch.linalg.matrix_rank(jacobians[:, 0, :, 0]).max().item()
 
 
 # ---- A.6: noise of the code ---------------------------------------------------------------------
 
 SIGMAS = [0, 0.01, 0.03, 0.1, 0.3, 1]
-SIZE_OF_ERROR = "E|f(s, z + σε) − s·z|"
 
 
 def a6(seed, steps=1000, networks=8, n=10000):
@@ -329,25 +309,16 @@ def a6(seed, steps=1000, networks=8, n=10000):
     numbers["noise σ"] = SIGMAS
     kinds = {"adapter": with_adapter, "concatenation": partial(with_concatenation, d_x)}
     line = torch.linspace(-1.5, 1.5, 301)
-    panels = []
-    profiles = {}
     for task, draw_z in (("z = ±1", uniform_sign), ("−1 ≤ z ≤ 1", uniform)):
-        curves = {}
         for kind, make in kinds.items():
-            f = Ensemble([make() for _ in range(networks)])
+            f = Ensemble([make() for _ in range(networks)], draw_z)
             torch.manual_seed(seed)  # the same data for both kinds
-            train(f.weights.values(), partial(f.loss, draw_z), steps, 3e-3)
-            errors = f.errors_under_noise(draw_z, n)  # (σ, networks)
-            y = f.at_s_equal_1(line)  # (networks, 301)
-            slopes = y.diff().abs().amax(1) * 100  # the line's steps are 1/100
-            numbers[f"{task}, {kind}: {SIZE_OF_ERROR}"] = errors
+            train(f.weights.values(), f.loss, steps, 3e-3)
+            errors = f.errors_under_noise(n)  # (σ, networks)
+            slopes = f.at_s_equal_1(line).diff().abs().amax(1) * 100  # the line's steps are 1/100
+            numbers[f"{task}, {kind}: E|f(s, z + σε) − s·z|"] = errors
             numbers[f"{task}, {kind}: largest |∂f/∂z|, s = 1"] = slopes[None]
-            curves[kind] = (SIGMAS[1:], errors.mean(1)[1:], errors.std(1)[1:])
-            if task == "z = ±1":
-                profiles[kind] = (line[::20], y.mean(0)[::20], y.std(0)[::20])
-        panels.append(Panel(f"trained on {task}", "noise σ", SIZE_OF_ERROR, curves, "log", "log"))
-    panels.append(Panel("trained on z = ±1", "z", "f(1, z), mean and s.d.", profiles))
-    return numbers, panels
+    return numbers, None
 
 
 def uniform_sign(*shape):
@@ -373,38 +344,39 @@ def size_difference(d_x):
 class Ensemble:
     """Networks of one kind, each with its own weights; trained and called side by side."""
 
-    def __init__(self, networks):
+    def __init__(self, networks, draw_z):
         self.network = networks[0]
         self.weights, _ = stack_module_state(networks)
-        self.count = len(networks)
+        self.count, self.draw_z = len(networks), draw_z
 
     def __call__(self, s, z):
         """s and z (networks, B, 1) -> (networks, B, 1)."""
-        return vmap(self.one)(self.weights, s, z)
 
-    def one(self, weights, s, z):
-        return functional_call(self.network, weights, (s, z))
+        def one(weights, s, z):
+            return functional_call(self.network, weights, (s, z))
 
-    def draw(self, draw_z, B):
-        return uniform(self.count, B, 1), draw_z(self.count, B, 1)
+        return vmap(one)(self.weights, s, z)
 
-    def loss(self, draw_z):
-        s, z = self.draw(draw_z, 64)
+    def draw(self, B):
+        return uniform(self.count, B, 1), self.draw_z(self.count, B, 1)
+
+    def loss(self):
+        s, z = self.draw(64)
         return (self(s, z) - s * z).square().sum()
 
     @torch.no_grad()
-    def errors_under_noise(self, draw_z, n):
+    def errors_under_noise(self, n):
         """E|f(s, z + σε) - s·z|: (σ, networks)."""
-        s, z = self.draw(draw_z, n)
-        noise = torch.randn(self.count, n, 1)
+        s, z = self.draw(n)
+        noise = torch.randn_like(z)
         outputs = torch.stack([self(s, z + sigma * noise) for sigma in SIGMAS])
         return (outputs - s * z).abs().mean((2, 3))
 
     @torch.no_grad()
     def at_s_equal_1(self, z):
         """f(1, z) for z (B,): (networks, B)."""
-        s = torch.ones(self.count, len(z), 1)
-        return self(s, z.repeat(self.count, 1)[..., None])[..., 0]
+        z = z.expand(self.count, -1).unsqueeze(-1)
+        return self(torch.ones_like(z), z).squeeze(-1)
 
 
 # ---- A.15: the parts of Variability -------------------------------------------------------------
@@ -430,20 +402,16 @@ def a15(seed, run=TRAINED, steps=200, n=4000):
     t = torch.randint(cfg.K, cfg.K + steps + 1, (n,))
     binary = [dim.binary for dim in aib_envs.lookup(cfg.env).context]
     modes = envs.c[c, binary.index(True)]
-    parts = ["total", "noise", "spread", "separation"]
     numbers = {}
-    curves = {}
     for name, encoder in (("untrained", dmash.new_agent(cfg)), ("trained", agent)):
         for windows, noisy in (("masked", True), ("plain", False)):
             with torch.no_grad():
                 z, _ = encoder.infer(rollout.replay.windows(c, t, noisy), noisy)
             values = variability(z.numpy(), modes, c.numpy())
             left = values[0] - sum(values[1:])
-            what = f"{name} encoder, {windows} windows: {', '.join(parts)}, what is left"
-            numbers[what] = [*values, left]
-            curves[f"{name}, {windows}"] = (parts, values)
-    panel = Panel(f"encoder of {cfg.env}", "", "(1/d_z) tr Cov(Z)", curves, yscale="log")
-    return numbers, [panel]
+            parts = "total, noise, spread, separation, what is left"
+            numbers[f"{name} encoder, {windows} windows: {parts}"] = [*values, left]
+    return numbers, None
 
 
 # ---- A.17, A.18: variance of the policy gradient ------------------------------------------------
@@ -469,32 +437,25 @@ def a17(seed, steps=(0, 100, 300, 1000), n=200):
     }
     traces = np.array([z.var(0, correction=0).sum() for z in codes.values()])
     numbers = {"tr Cov(Z), of Z and of its mean per mode": traces}
-    panels = []
     for kappa, title in ((0, "U without effect"), (0.8, "strength 1 + .8 U")):
         model = Steering(kappa)
+        loss = partial(model.batch_loss, codes["Z"], c)
         found = []
-        trained = 0
-        for step in steps:
-            loss = partial(model.batch_loss, codes["Z"], c)
-            train(model.pi.parameters(), loss, step - trained, 3e-3)
-            trained = step
+        for more in np.diff(steps, prepend=0):
+            train(model.pi.parameters(), loss, more, 3e-3)
             for z in codes.values():
                 torch.manual_seed(seed)
                 found.append(moments(model.gradients(z, c, n), z))
         found = np.array(found).reshape(len(steps), len(codes), 3)
         variance, inner, lipschitz = found.transpose(2, 1, 0)  # (codes, steps) each
         bound = inner.max(0) + lipschitz.max(0) ** 2 * traces[:, None]
-        curves = {}
+        after = f"after {list(steps)} steps"
         for i, name in enumerate(codes):
             what = f"{title}, {name}"
-            after = f"after {list(steps)} steps"
             numbers[f"{what}: tr Cov(G) {after}"] = variance[i]
             numbers[f"{what}: of it E tr Cov(G | Z) {after}"] = inner[i]
             numbers[f"{what}: bound {after}"] = bound[i]
-            curves[name] = (steps, variance[i])
-            curves[f"bound, {name}"] = (steps, bound[i])
-        panels.append(Panel(title, "steps of training with Z", "tr Cov(G)", curves, yscale="log"))
-    return numbers, panels
+    return numbers, None
 
 
 class Steering(nn.Module):
@@ -517,7 +478,7 @@ class Steering(nn.Module):
         def Q(s, a, omega):
             return -(0.5 * s + effect * a).square()
 
-        batch = dmash.Batch(s, a=None, ds=None, r=None, tau=None, c=None)
+        batch = dmash.Batch(s, *[None] * 5)
         loss, _ = dmash.actor_loss(self.pi, Q, 0.01, self.h(z), batch)
         return loss
 
@@ -544,9 +505,9 @@ def moments(G, z):
 
     G (rows, n, |ξ|) are the gradients of the codes z (rows, 3), some of which may be equal.
     """
-    rows, n, d = G.shape
+    _, n, d = G.shape
     values, code = torch.unique(z, dim=0, return_inverse=True)
-    label = code.repeat_interleave(n).numpy()
+    label = code.repeat_interleave(n)
     variance, inner, _, _ = variability(G.flatten(0, 1), label, label)
     means = torch.stack([G[code == i].mean((0, 1)) for i in range(len(values))])
     slopes = torch.pdist(means) / torch.pdist(values)
@@ -556,12 +517,6 @@ def moments(G, z):
 # ---- Output and command line --------------------------------------------------------------------
 
 THEOREMS = {"a1": a1, "a2": a2, "a5": a5, "a6": a6, "a15": a15, "a17": a17}
-LOOKS = (  # of curves; the colour-blind can tell them apart, and readers in grey
-    {"color": "#0072B2", "marker": "o"},
-    {"color": "#D55E00", "marker": "^"},
-    {"color": "k", "marker": "x"},
-    {"color": "#009E73", "marker": "s"},
-)
 
 
 def show(x):
@@ -569,26 +524,6 @@ def show(x):
     if np.ndim(x) == 2:
         return ", ".join(f"{row.mean():.4f} ± {row.std():.4f}" for row in x)
     return ", ".join(f"{number:.3g}" for number in np.ravel(x))
-
-
-def draw(panels):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1 + 4.5 * len(panels), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, panel in zip(axes, panels):
-        if panel.image is not None:
-            extent = (-1, 1, -1, 1)
-            image = ax.imshow(panel.image, cmap="cividis", origin="lower", extent=extent)
-            figure.colorbar(image, ax=ax)
-        for look, (label, curve) in zip(LOOKS, panel.curves.items()):
-            line = "none" if len(curve[0]) > 50 else "-"
-            ax.errorbar(*curve, **look, linestyle=line, markersize=4, label=label)
-        if panel.curves:
-            ax.legend(fontsize="small")
-        ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-        ax.set(xscale=panel.xscale, yscale=panel.yscale)
-    return figure
 
 
 def run_command(args):
@@ -602,16 +537,12 @@ def run_command(args):
     text = ""
     for name in names:
         torch.manual_seed(seed)
-        numbers, panels = THEOREMS[name](seed)
-        lines = [f"    {what}: {show(x)}" for what, x in numbers.items()]
-        block = "\n".join([name, *lines, ""])
+        numbers, figure = THEOREMS[name](seed)
+        lines = [f"    {what}: {show(x)}\n" for what, x in numbers.items()]
+        block = f"{name}\n{''.join(lines)}"
         print(block, flush=True)
         text += block + "\n"
-        try:
-            figure = draw(panels)
-        except ImportError as error:
-            print(f"no figure is drawn ({error})")
-        else:
+        if figure is not None:
             figure.savefig(args.out / f"{name}.png", dpi=90)
     (args.out / "theory.txt").write_text(text, encoding="utf-8")
 
