@@ -16,7 +16,7 @@ command line is that of dmash.py, with four environments more: di_signs_without_
 
 RUNS are run folders, folders of these, or a folder with tables (results). `report` prints the mean
 return by method, over pairs and seeds, with its 95 % interval. unseen.csv has a row for each run,
-and unseen.png shows them all.
+and unseen.png shows them all. Figures need matplotlib.
 
 `beyond` varies one context value after the other, for each sign: from a quarter of the lower to
 four times the upper extrapolation limit. A sign's strength goes from 0 to twice the trained one.
@@ -36,6 +36,7 @@ from unittest import mock
 import compare
 import numpy as np
 import runs as reader
+from matplotlib.figure import Figure
 from runs import group
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,7 +54,7 @@ STRENGTHS = [-2, -1.5, -1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1, 1.5, 2]  # o
 POINTS = 17  # values of another context
 FAR = 4  # how far beyond its limits
 ROLLOUTS = 5  # episodes at each
-NO_SETTINGS = ["env", "method", "seed", "out", *reader.TECHNICAL]  # that would make runs differ
+NO_SETTINGS = [*reader.UNTOLD, *reader.TECHNICAL]  # that would make runs differ
 
 plain_context_sets = aib_envs.context_sets
 
@@ -94,15 +95,14 @@ def labels_of(settings):
 
     The mask is told where it differs between runs of one method.
     """
-    told = []
-    for name in settings[0]:
-        if name == "mask":
-            parts = group(settings, lambda one: one["method"]).values()
-        else:
-            parts = [settings]
-        differs = any(len({str(one.get(name)) for one in part}) > 1 for part in parts)
-        if differs and name not in NO_SETTINGS:
-            told.append(name)
+
+    def differs(name, part):
+        return len({str(one.get(name)) for one in part}) > 1
+
+    told = [name for name in settings[0] if name not in NO_SETTINGS and differs(name, settings)]
+    of_methods = group(settings, lambda one: one["method"]).values()
+    if "mask" in told and not any(differs("mask", part) for part in of_methods):
+        told.remove("mask")
     labels = []
     for one in settings:
         values = [f"{name} {one.get(name)}" for name in told]
@@ -119,11 +119,15 @@ def report(places, out):
         raise dmash.BadInput(message)
     others = len(found) - len(runs)
     print(f"{len(runs)} runs; {others} more are unfinished or of other environments\n")
+    by_label = {}
+    table = []
     labels = labels_of([run.settings | {"method": run.method} for run in runs])
-    by_label = group(zip(labels, runs), lambda item: item[0])
-    rows = {label: [run for _, run in items] for label, items in by_label.items()}
+    for run, label in zip(runs, labels):
+        by_label.setdefault(label, []).append(run)
+        row = {"env": run.env, "method": run.method, "seed": run.seed, "steps": run.steps}
+        table.append(row | {name: run.last(name) for name in dmash.SETS})
     lines = []
-    for label, of in rows.items():
+    for label, of in by_label.items():
         cells = [label, len(of), len({run.env for run in of})]
         for name in dmash.SETS:
             estimate = compare.contrast([1], [[run.last(name) for run in of]])
@@ -131,26 +135,23 @@ def report(places, out):
         lines.append(cells)
     head = ["method", "runs", "pairs left out", "three pairs: train", "eval_in"]
     print(compare.table([*head, "the pair left out: eval_out"], lines), end="")
-    table = []
-    for run in runs:
-        row = {"env": run.env, "method": run.method, "seed": run.seed, "steps": run.steps}
-        table.append(row | {name: run.last(name) for name in dmash.SETS})
-    write(out, "unseen", table, draw_report, rows)
+    write(out, "unseen", table, draw_report(by_label))
 
 
-def draw_report(figure, rows):
+def draw_report(by_label):
     """Returns on the pairs trained on (open) and on the one left out (filled); bars are means."""
-    figure.set_size_inches(2 + 1.3 * len(rows), 4)
+    figure = Figure(figsize=(2 + 1.3 * len(by_label), 4), layout="constrained")
     ax = figure.subplots()
-    for x, runs in enumerate(rows.values()):
+    for x, runs in enumerate(by_label.values()):
         for middle, name, face in ((x - 0.2, "eval_in", "none"), (x + 0.2, "eval_out", "C0")):
             values = [run.last(name) for run in runs]
             places = middle + np.linspace(-0.1, 0.1, len(values))
             ax.plot(places, values, "o", color="C0", markerfacecolor=face)
             ax.hlines(np.mean(values), middle - 0.17, middle + 0.17, color="black", zorder=4)
-    ax.set_xticks(range(len(rows)), list(rows))
+    ax.set_xticks(range(len(by_label)), by_label)
     ax.set(ylim=(-3, 103), ylabel="return, of at most 100")
     ax.set_title("open: three pairs trained on; filled: pair left out")
+    return figure
 
 
 # ---- Far beyond the ranges ----------------------------------------------------------------------
@@ -201,59 +202,47 @@ def means(rows, key):
     return {name: np.mean([row["return"] for row in group]) for name, group in of.items()}
 
 
-def policy_labels(settings):
-    """A label for each policy, within its environment; BadInput if a run stands twice."""
-    parts = {env: labels_of(of) for env, of in group(settings, lambda one: one["env"]).items()}
-    labels = [parts[one["env"]].pop(0) for one in settings]
-    seen = set()
-    for one, label in zip(settings, labels):
-        run = f"{one['env']}, {label}, seed {one['seed']}"
-        if run in seen:
-            raise dmash.BadInput(f"{run}: the same run twice")
-        seen.add(run)
-    return labels
-
-
 def evaluated(paths):
     """Rows of beyond_<env>.csv by environment."""
-    loaded = [dmash.load_policy(path) for path in reader.distinct(paths)]
-    labels = policy_labels([asdict(cfg) | {"steps": agent.step} for cfg, agent in loaded])
+    policies = [dmash.load_policy(path) for path in reader.distinct(paths)]
     rows = {}
-    for (cfg, agent), label in zip(loaded, labels):
-        head = f"{cfg.env}, {cfg.method}, seed {cfg.seed}"
-        print(f"{head}, step {agent.step:,} of {cfg.steps:,}", flush=True)
-        panels, contexts = zip(*sweeps(aib_envs.lookup(cfg.env).context))
-        returns, diverged = dmash.evaluate(agent, cfg, contexts, ROLLOUTS)
-        for panel, context, of, lost in zip(panels, contexts, returns, diverged):
-            row = {"method": label, "seed": cfg.seed, "step": agent.step} | panel | context
-            row |= {"return": float(np.mean(of)), "diverged": int(sum(lost))}
-            rows.setdefault(cfg.env, []).append(row)
+    for env, of_env in group(policies, lambda policy: policy[0].env).items():
+        rows[env] = []
+        panels, contexts = zip(*sweeps(aib_envs.lookup(env).context))
+        labels = labels_of([asdict(cfg) | {"steps": agent.step} for cfg, agent in of_env])
+        for (cfg, agent), label in zip(of_env, labels):
+            head = f"{env}, {cfg.method}, seed {cfg.seed}"
+            print(f"{head}, step {agent.step:,} of {cfg.steps:,}", flush=True)
+            returns, diverged = dmash.evaluate(agent, cfg, contexts, ROLLOUTS)
+            for panel, context, of, lost in zip(panels, contexts, returns, diverged):
+                row = {"method": label, "seed": cfg.seed, "step": agent.step} | panel | context
+                row |= {"return": float(np.mean(of)), "diverged": int(sum(lost))}
+                rows[env].append(row)
     return rows
 
 
 def beyond(paths, out):
     """Evaluates the policies, prints a table for each panel, and writes returns and figures."""
-    rows_of = evaluated(paths)
-    for env, rows in rows_of.items():
+    for env, rows in evaluated(paths).items():
         dims = {dim.name: dim for dim in aib_envs.lookup(env).context}
         for title, panel in group(rows, lambda row: row["panel"]).items():
-            dim, lines = dims[panel[0]["varied"]], []
+            dim = dims[panel[0]["varied"]]
+            lines = []
             for method, of in group(panel, lambda row: row["method"]).items():
                 columns = means(of, lambda row: where(dim, row[dim.name]))
                 names = list(columns)[::-1]
                 cells = [f"{columns[name]:.1f}" for name in names]
                 lines.append([method, len({row["seed"] for row in of}), *cells])
-            print(
-                f"\n{env}: {title}\n\n{compare.table(['method', 'seeds', *names], lines)}", end=""
-            )
+            table = compare.table(["method", "seeds", *names], lines)
+            print(f"\n{env}: {title}\n\n{table}", end="")
         name = env.replace(":", ".").replace("/", ".")
-        write(out, f"beyond_{name}", rows, draw_beyond, env, dims, rows)
+        write(out, f"beyond_{name}", rows, draw_beyond(env, dims, rows))
 
 
-def draw_beyond(figure, env, dims, rows):
+def draw_beyond(env, dims, rows):
     """Return against what varies, mean over runs. Dark: trained on; light: extrapolation range."""
     panels = group(rows, lambda row: row["panel"])
-    figure.set_size_inches(1 + 4.3 * len(panels), 4.4)
+    figure = Figure(figsize=(1 + 4.3 * len(panels), 4.4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (title, panel) in zip(axes, panels.items()):
         dim = dims[panel[0]["varied"]]
@@ -272,25 +261,19 @@ def draw_beyond(figure, env, dims, rows):
     axes[0].set_ylabel("return")
     axes[0].legend()
     figure.suptitle(f"{env}. Dark: trained on; light: the paper's extrapolation range")
+    return figure
 
 
 # ---- Files and command line ---------------------------------------------------------------------
 
 
-def write(out, name, rows, draw, *arguments):
+def write(out, name, rows, figure):
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.csv").write_text(dmash.csv_text(rows))
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        print(f"no figure is drawn ({error})")
-        return
-    figure = Figure(layout="constrained")
-    draw(figure, *arguments)
     figure.savefig(out / f"{name}.png", dpi=110)
 
 
-def build_parser():
+def run_command(argv):
     layout = argparse.RawDescriptionHelpFormatter
     parser = dmash.Parser("unseen.py", description=__doc__, formatter_class=layout)
     metavar = "plan | report | beyond | --env ENV"
@@ -300,11 +283,7 @@ def build_parser():
         mode = modes.add_parser(name)
         mode.add_argument("places", nargs="+", metavar="RUN")
         mode.add_argument("--out", type=Path, required=True)
-    return parser
-
-
-def run_command(argv):
-    args, given = build_parser().parse_known_args(argv)
+    args, given = parser.parse_known_args(argv)
     if args.mode == "plan":
         plan(args.seeds, given)
     elif given:
@@ -320,8 +299,8 @@ def run_command(argv):
 def main(argv=None):
     """The command line. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    words = {word.partition("=")[0] for word in argv}
-    if words & {"--env", "--resume", "--eval"} and argv[0] not in ("plan", "report", "beyond"):
+    of_dmash = [word.startswith(("--env", "--resume", "--eval")) for word in argv]
+    if any(of_dmash) and argv[0] not in ("plan", "report", "beyond"):
         return dmash.main(argv)
     return dmash.exit_status("unseen.py", lambda: run_command(argv))
 
