@@ -20,7 +20,8 @@ context (concat, da) or nothing (dr) read no window. They are the controls.
 Each run prints a line. adaptation.csv has rows by mode, which after a switch is the new one. A row
 has the mean reward of rollout and reference, the return lost against the reference, and the steps
 until the reward (mean over ten steps) stays at 95 % of the reference's, inf if it does not.
-adaptation.png shows all. On one CPU core a run of cartpole_inv takes about 25 seconds.
+adaptation.png shows all (by matplotlib). On one CPU core a run of cartpole_inv takes about 25
+seconds.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from runs import distinct, group
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,8 +47,7 @@ SMOOTH = 10  # steps of a moving mean
 def mirrored_dim(env_id):
     """The context dimension that a switch changes: the first binary one, else the first."""
     dims = aib_envs.lookup(env_id).context
-    binary = [dim for dim in dims if dim.binary]
-    return binary[0] if binary else dims[0]
+    return next((dim for dim in dims if dim.binary), dims[0])
 
 
 def mirrored(env_id, context):
@@ -94,25 +95,23 @@ def rewards(agent, contexts, rollouts, warm_up=True, keep=None, after=None):
     rollout = dmash.Rollout(agent, envs, noisy=False)
     rollout.replay = ShortReplay(rollout.replay, agent.cfg.K if keep is None else keep)
     rollout.begin_episode(warm_up)
-    half, found = envs.horizon // 2, []
-    while envs.t < half:
-        found.append(reward(rollout))
+    found = half_an_episode(rollout)
     if after is None:
-        return np.array(found)
+        return found
     switch(rollout)
     if after == "twin":
         mirror_image = torch.arange(envs.N).reshape(rollouts, 2, -1).flip(1).flatten()
         rollout.replay.rows = rollout.replay.rows[:, mirror_image]
+    return half_an_episode(rollout)
+
+
+def half_an_episode(rollout):
+    """The rewards (T // 2, N), 0 where the simulation diverged."""
     found = []
-    while envs.t < 2 * half:
-        found.append(reward(rollout))
+    for _ in range(rollout.envs.horizon // 2):
+        _, _, r, _ = rollout.step()
+        found.append(np.where(rollout.diverged, 0, r.numpy()))
     return np.array(found)
-
-
-def reward(rollout):
-    """The rewards (N,) of a step, 0 where the simulation diverged."""
-    _, _, r, _ = rollout.step()
-    return np.where(rollout.diverged, 0, r.numpy())
 
 
 # ---- The three questions ------------------------------------------------------------------------
@@ -120,27 +119,15 @@ def reward(rollout):
 
 def smooth(x):
     """The mean of each entry of x (T,) and the SMOOTH - 1 before it, as far as there are any."""
-    ones = np.ones(SMOOTH)
-    counts = np.convolve(np.ones(len(x)), ones)[: len(x)]
-    return np.convolve(x, ones)[: len(x)] / counts
+    sums = np.convolve(x, np.ones(SMOOTH))[: len(x)]
+    return sums / np.minimum(np.arange(len(x)) + 1, SMOOTH)
 
 
 def steps_to(curve, reference):
     """Steps until the moving mean of `curve` (T,) stays at SHARE of the reference's; inf: never."""
-    below = np.flatnonzero(smooth(curve) < SHARE * smooth(reference) - 1e-9)
-    if len(below) == 0:
-        return 0
-    if below[-1] == len(curve) - 1:
-        return math.inf
-    return int(below[-1]) + 1
-
-
-def lengths(cfg, reads):
-    """The numbers k of transitions that a window keeps, without K."""
-    if not reads:
-        return [0]
-    powers = [2**i for i in range(1, 30)]
-    return [0, *(k for k in powers if k < cfg.K)]
+    below = smooth(curve) < SHARE * smooth(reference) - 1e-9
+    steps = max(np.flatnonzero(below) + 1, default=0)
+    return math.inf if steps == len(curve) else int(steps)
 
 
 def study(agent, rollouts):
@@ -163,7 +150,8 @@ def study(agent, rollouts):
     switched = rewards(agent, contexts, rollouts, after="switch")
     twins = rewards(agent, contexts, rollouts, after="twin")
     pairs = {("start", ""): (empty, full), ("switch", ""): (switched, twins)}
-    for k in lengths(cfg, reads):
+    powers = [2**i for i in range(1, 30) if reads and 2**i < cfg.K]
+    for k in [0, *powers]:
         pairs["window", k] = rewards(agent, contexts, rollouts, keep=k), full
     pairs["window", cfg.K] = full, full
 
@@ -176,11 +164,11 @@ def study(agent, rollouts):
             modes[f"{dim.name}={value:g}"] = np.isclose(values, value)
         for mode, which in modes.items():
             mean, ref = found[:, which].mean(1), reference[:, which].mean(1)
-            row = dict(method=cfg.method, seed=cfg.seed, step=agent.step)
-            row.update(question=question, mode=mode, k=k, read="")
+            row = {"method": cfg.method, "seed": cfg.seed, "step": agent.step}
+            row |= {"question": question, "mode": mode, "k": k, "read": ""}
             if question == "window" and reads:
                 row["read"] = int(read(cfg.K, cfg.L, k).sum())
-            row["reward"], row["reference"] = float(mean.mean()), float(ref.mean())
+            row |= {"reward": float(mean.mean()), "reference": float(ref.mean())}
             row["lost"] = float((ref - mean).sum())
             row["steps"] = "" if question == "window" else steps_to(mean, ref)
             rows.append(row)
@@ -203,23 +191,19 @@ def summary(rows):
 
 def draw(env_id, found):
     """The figure of `found`, a list of label and curves. Of several runs of a label, the mean."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     start, switched, windows = figure.subplots(1, 3)
     switched.sharey(start)
     ticks = set()
     for label, runs in group(found, lambda item: item[0]).items():
-
-        def mean(key):
-            """Of rollouts and reference, (2, T // 2)."""
-            return np.mean([curves[key] for _, curves in runs], 0)
-
+        means = {}  # of rollouts and reference, (2, T // 2) each
+        for key in runs[0][1]:
+            means[key] = np.mean([curves[key] for _, curves in runs], 0)
         for panel, question in ((start, "start"), (switched, "switch")):
-            curve, reference = mean((question, ""))
+            curve, reference = means[question, ""]
             panel.plot(smooth(curve - reference), label=label)
-        ks = [k for question, k in runs[0][1] if question == "window"]
-        windows.plot(ks, [mean(("window", k))[0].mean() for k in ks], "o-", label=label)
+        ks = [k for question, k in means if question == "window"]
+        windows.plot(ks, [means["window", k][0].mean() for k in ks], "o-")
         ticks.update(ks)
     start.set(title="begun with an empty window", xlabel="steps since the start of the episode")
     switched.set(title="context switched in mid-episode", xlabel="steps since the switch")
@@ -228,7 +212,7 @@ def draw(env_id, found):
     windows.set(title="with a short window", xlabel="k, transitions kept of the last K")
     windows.set_ylabel("reward per step")
     windows.set_xscale("symlog", base=2, linthresh=2)
-    windows.set_xticks(sorted(ticks), [str(k) for k in sorted(ticks)])
+    windows.set_xticks(sorted(ticks), sorted(ticks))
     windows.minorticks_off()
     figure.suptitle(f"{env_id}: what an agent loses while its window does not tell the context")
     figure.legend(*start.get_legend_handles_labels(), loc="outside lower center", ncols=8)
@@ -238,18 +222,13 @@ def draw(env_id, found):
 # ---- Command line -------------------------------------------------------------------------------
 
 
-def policy_file(run):
-    return Path(run) / "policy.pt" if Path(run).is_dir() else Path(run)
-
-
 def run_command(args):
     rollouts = dmash.number("--rollouts", args.rollouts, int, 1, 1000)
-    paths = distinct(policy_file(run) for run in args.runs)
+    paths = distinct(args.runs)
     agents = [dmash.load_policy(path)[1] for path in paths]
     if len({agent.cfg.env for agent in agents}) > 1:
         each = [f"{path} of {agent.cfg.env}" for path, agent in zip(paths, agents)]
         raise dmash.BadInput(f"{', '.join(each)}: must be of one environment")
-    several_lengths = len({agent.cfg.K for agent in agents}) > 1
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     rows, found = [], []
@@ -257,15 +236,9 @@ def run_command(args):
         of_run, curves = study(agent, rollouts)
         print(summary(of_run), flush=True)
         rows += of_run
-        label = agent.cfg.method
-        if several_lengths:
-            label += f", K {agent.cfg.K}"
-        found.append((label, curves))
+        found.append((f"{agent.cfg.method}, K {agent.cfg.K}", curves))
     (out / "adaptation.csv").write_text(dmash.csv_text(rows))
-    try:
-        draw(agents[0].cfg.env, found).savefig(out / "adaptation.png", dpi=110)
-    except ImportError as error:
-        print(f"no figure is drawn ({error})")
+    draw(agents[0].cfg.env, found).savefig(out / "adaptation.png", dpi=110)
 
 
 def main(argv=None):
