@@ -1,17 +1,15 @@
 """What does the code z hold, what does the adapter do with it, and which adapter suits a context?
 
     python studies/inside.py runs/cartpole_inv__dma_star_sh__s1 --out inside
-    python studies/inside.py runs/di_inv__* --out inside            several runs, side by side
+    python studies/inside.py runs/di_inv__* --out inside            several runs
     python studies/inside.py runs/<run>/policies/5000.pt            a policy of that step
 
 A run takes a minute or two at K = 128, seconds at K = 24. The program prints the main numbers of
-each run and writes into --out:
+each run and writes into --out (figures by matplotlib):
 
     inside.csv            run, env, method, seed, step, set, quantity, context, other, value
-    side_by_side.png      returns, Variability, information and the cross-table, of all runs
     <run>_codes.png       cosines of mean codes; codes in the plane of two principal components
     <run>_adapter.png     mean action under ω of each context; returns with ω of another context
-    <run>_training.png    Variability and information of each snapshot, if the run has --snapshots
 
 S is the mode (the binary contexts), U the continuous contexts, C both. z is the code of evaluation,
 without masks. These are the quantities:
@@ -42,9 +40,9 @@ import argparse
 import csv
 import itertools
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import inside_figures
 import mutual_information
 import numpy as np
 import torch
@@ -67,8 +65,6 @@ class Space:
         self.horizon = spec.horizon
         self.binary = [dim for dim in spec.context if dim.binary]
         self.continuous = [dim for dim in spec.context if not dim.binary]
-        if not self.continuous:
-            raise dmash.BadInput(f"{env}: has no continuous context")
         self.names = [dim.name for dim in self.continuous]
         modes = itertools.product(*[dim.train for dim in self.binary])
         self.modes = [dict(zip([dim.name for dim in self.binary], mode)) for mode in modes]
@@ -204,8 +200,7 @@ def mean_actions(agent, space):
             other = other[..., [1, 0, *range(2, other.shape[-1])]]
         else:
             other = -other
-        lengths = np.sqrt((one**2).sum() * (other**2).sum())
-        found["undone"] = (one * other).sum() / lengths
+        found["undone"] = (one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum())
     return values, a.mean(2), s.cpu().numpy(), found
 
 
@@ -253,10 +248,8 @@ def returns_beside(path, step):
     """The returns at a step by the metrics.csv beside a policy or one folder above, if any."""
     folder = path if path.is_dir() else path.parent
     for file in (folder / "metrics.csv", folder.parent / "metrics.csv"):
-        if not file.is_file():
-            continue
-        with dmash.reading(file):
-            for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+        if file.is_file():
+            for row in csv.DictReader(file.read_text().splitlines()):
                 if int(row["step"]) == step:
                     return {name: float(row[name]) for name in dmash.SETS}
     return {}
@@ -287,26 +280,25 @@ def matrix_rows(step, quantity, matrix, space):
 
 
 def look(path, agent, space, windows):
-    """The rows of a run; what each of its figures shows."""
+    """The rows of a run, and its figures by their kinds."""
     step = agent.step
     few = space.few
     rows = []
-    shown = {}
+    figures = {}
     for which, value in returns_beside(path, step).items():
         rows += rows_of(step, which, {"return": value})
     if agent.g is not None:
         samples = {}
         for which in dmash.SETS:
-            rows += rows_of(step, which, variability(agent, space, which))
             found, contexts, codes = information(agent, space, which, windows)
-            rows += rows_of(step, which, found)
+            rows += rows_of(step, which, variability(agent, space, which) | found)
             samples[which] = (contexts, codes)
         mean = gather(agent, few, EPISODES, space.horizon, 4).mean(1)  # (n, d_z)
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         cosines = mean @ mean.T
         rows += matrix_rows(step, "cosine", cosines, space)
-        shown["codes"] = (cosines, samples)
-    *actions, found = mean_actions(agent, space)
+        figures["codes"] = inside_figures.codes(space, cosines, samples)
+    values, a, s, found = mean_actions(agent, space)
     rows += rows_of(step, "", found)
     returns, own = cross_table(agent, few)
     cells = returns.mean(-1)
@@ -316,23 +308,13 @@ def look(path, agent, space, windows):
         "return, best": with_best(returns),
     }
     rows += rows_of(step, "", means) + matrix_rows(step, "return", cells, space)
-    shown["adapter"] = (*actions, cells)
+    figures["adapter"] = inside_figures.adapter(space, values, a, s, cells)
     if agent.g is not None and (path / "policies").is_dir():
-        snapshots = look_at_snapshots(path / "policies", space, windows)
-        shown["training"] = (snapshots,)
-        for at, found in snapshots.items():
-            rows += rows_of(at, "snapshot", found)
-    return rows, shown
-
-
-def look_at_snapshots(folder, space, windows):
-    """Variability and information of each snapshot, by its step."""
-    snapshots = {}
-    for file in folder.glob("*.pt"):
-        _, agent = dmash.load_policy(file)
-        found, _, _ = information(agent, space, "train", max(windows // 4, 100))
-        snapshots[agent.step] = variability(agent, space, "train") | found
-    return dict(sorted(snapshots.items()))
+        for file in sorted((path / "policies").glob("*.pt"), key=lambda file: int(file.stem)):
+            _, agent = dmash.load_policy(file)
+            found, _, _ = information(agent, space, "train", max(windows // 4, 100))
+            rows += rows_of(agent.step, "snapshot", variability(agent, space, "train") | found)
+    return rows, figures
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -343,12 +325,6 @@ def read(places):
     runs = {}
     for place in map(Path, places):
         cfg, agent = dmash.load_policy(place)
-        if agent.method.context == "none":
-            allowed = "is told nothing of the context; allowed: any other method"
-            raise dmash.BadInput(f"{place}: {cfg.method} {allowed}")
-        for other, there, _ in runs.values():
-            if replace(there.cfg, out=cfg.out) == cfg and there.step == agent.step:
-                raise dmash.BadInput(f"{place}: the same run as {other}; give only one of them")
         name = dmash.run_folder(cfg).name
         if place.is_file() and place.name != "policy.pt":
             name += f"__{agent.step}"
@@ -358,46 +334,37 @@ def read(places):
     return runs
 
 
-def write(args):
-    """Writes everything after each run, so that a stop leaves what is known."""
+def run_command(args):
+    """Writes the table after each run, so that a stop leaves what is known."""
     windows = dmash.number("--windows", args.windows, int, 100, 5000)
     runs = read(args.places)
     args.out.mkdir(parents=True, exist_ok=True)
     dmash.keep_freed_memory()
-    try:
-        import inside_figures
-    except ImportError as error:
-        inside_figures = None
-        print(f"no figures are drawn ({error})")
     rows = []
     for name, (path, agent, space) in runs.items():
         cfg = agent.cfg
-        found, shown = look(path, agent, space, windows)
+        found, figures = look(path, agent, space, windows)
         print(f"{name}, step {agent.step:,}")
         for row in found:
             rows.append(dict(zip(HEAD, (name, cfg.env, cfg.method, cfg.seed, *row))))
             _, which, quantity, context, _, value = row
             if not context and which in ("", "train"):
                 print(f"  {quantity:<20} {value:10.4g}", flush=True)
-        (args.out / "inside.csv").write_text(dmash.csv_text(rows), encoding="utf-8")
-        if inside_figures is None:
-            continue
-        for kind, figure in inside_figures.of_run(name, space, shown).items():
+        (args.out / "inside.csv").write_text(dmash.csv_text(rows))
+        for kind, figure in figures.items():
+            figure.suptitle(name, parse_math=False)
             figure.savefig(args.out / f"{name}_{kind}.png", dpi=100)
-        inside_figures.side_by_side(rows).savefig(args.out / "side_by_side.png", dpi=100)
 
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = dmash.Parser(
-        "inside.py", description=__doc__, formatter_class=layout, allow_abbrev=False
-    )
+    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = dmash.Parser("inside.py", description=__doc__, **layout)
     parser.add_argument("places", nargs="+", metavar="RUN", help="a run folder, or a policy file")
     parser.add_argument("--out", type=Path, default="inside", help="folder (default: %(default)s)")
     help = "windows in each set, for information (default: %(default)s)"
     parser.add_argument("--windows", default=2000, help=help)
-    return dmash.exit_status("inside.py", lambda: write(parser.parse_args(argv)))
+    return dmash.exit_status("inside.py", lambda: run_command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -6,29 +6,6 @@ from matplotlib.figure import Figure
 MARKERS = "ovsD"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
 LINES = ("-", "--", "-.", ":")
-PARTS = ("variability", "noise", "spread", "separation")
-INFORMATION = ("I(Z;S)", "I(Z;U|S)", "I(Z;C)")
-SETS = ("train", "eval_in", "eval_out")
-RETURNS = ("return, own", "return, matching", "return, best", "return, other mode")
-PANELS = (  # of side_by_side: title, and (set, quantity) of each mark
-    ("return", [(which, "return") for which in SETS]),
-    ("return in a context, with ω …", [("", quantity) for quantity in RETURNS]),
-    ("variability, train", [("train", part) for part in PARTS]),
-    ("information, train (nats)", [("train", name) for name in INFORMATION]),
-    ("information, eval_out (nats)", [("eval_out", name) for name in INFORMATION]),
-)
-
-
-def of_run(name, space, shown):
-    """The figures of a run by their kinds."""
-    figures = {"adapter": adapter(space, *shown["adapter"])}
-    if "codes" in shown:
-        figures["codes"] = codes(space, *shown["codes"])
-    if "training" in shown:
-        figures["training"] = training(*shown["training"])
-    for figure in figures.values():
-        figure.suptitle(name, parse_math=False)
-    return figures
 
 
 def look_of(i):
@@ -103,54 +80,4 @@ def adapter(space, values, a, s, returns):
     ax = right.subplots()
     names = heat_map(ax, returns, space, ".0f")
     ax.set(title="return", xlabel=f"ω of {names}", ylabel=f"acting in {names}")
-    return figure
-
-
-def training(snapshots):
-    """Variability and information of the train set at each snapshot."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    first, second = figure.subplots(1, 2)
-    steps = sorted(snapshots)
-    for ax, quantities in ((first, PARTS), (second, INFORMATION)):
-        for i, quantity in enumerate(quantities):
-            values = [snapshots[step].get(quantity, np.nan) for step in steps]
-            ax.plot(steps, values, label=quantity, **look_of(i))
-        ax.set_xlabel("gradient steps")
-    first.set(ylabel="variability and its parts", ylim=(0, None))
-    second.axhline(np.log(2), color="0.5", linewidth=1, label="ln 2")
-    second.set_ylabel("information (nats)")
-    first.legend()
-    second.legend()
-    return figure
-
-
-def side_by_side(rows):
-    """The main quantities of all runs, a line for each run."""
-    steps = {row["run"]: row["step"] for row in rows if row["set"] != "snapshot"}
-    found = {}
-    for row in rows:
-        if not row["context"]:
-            found[row["run"], row["set"], row["quantity"]] = row["value"]
-    figure = Figure(figsize=(16, 2.5 + 0.35 * len(steps)), layout="constrained")
-    axes = figure.subplots(1, len(PANELS), sharey=True)
-    for ax, (title, keys) in zip(axes, PANELS):
-        for i, (which, quantity) in enumerate(keys):
-            x = [found.get((run, which, quantity), np.nan) for run in steps]
-            y = np.arange(len(steps)) + 0.14 * (i - 1)  # lest equal values hide each other
-            name = quantity.removeprefix("return, ")
-            if quantity == "return":
-                name = which
-            ax.plot(x, y, **look_of(i) | {"linestyle": "none"}, label=name)
-        if title.startswith("information"):
-            ax.axvline(np.log(2), color="0.5", linewidth=1, label="ln 2")
-        if title.startswith("variability"):
-            ax.set_xscale("log")
-        else:
-            ax.axvline(0, color="0.9")
-        ax.grid(axis="y", color="0.9")
-        ax.set_title(title)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
-    labels = [f"{run}\nstep {step:,}" for run, step in steps.items()]
-    axes[0].set_yticks(range(len(steps)), labels)
-    axes[0].set_ylim(len(steps) - 0.5, -0.5)
     return figure
