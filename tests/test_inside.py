@@ -217,9 +217,8 @@ def test_all_files_are_written(tmp_path, rows_of):
         policy = torch.load(ours / "policy.pt") | {"step": step}
         torch.save(policy, ours / "policies" / f"{step}.pt")
     (ours / "metrics.csv").write_text("step,train,eval_in,eval_out\n0,1,2,3\n20,4,5,6\n")
-    rows = rows_of(ours, da, ours / "policies/20.pt")
+    rows = rows_of(ours, da)
     figures = [f"{ours.name}_{kind}.png" for kind in ("codes", "adapter")]
-    figures += [f"{ours.name}__20_{kind}.png" for kind in ("codes", "adapter")]
     names = {"inside.csv", f"{da.name}_adapter.png", *figures}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     values = {}
@@ -235,7 +234,7 @@ def test_all_files_are_written(tmp_path, rows_of):
         assert value("0", which, "variability") == pytest.approx(sum(parts), abs=1e-6)
     assert value("20", "snapshot", "I(Z;S)") == value("100", "snapshot", "I(Z;S)")
     assert value("0", "eval_out", "return") == 3
-    assert values[f"{ours.name}__20", "20", "train", "return"] == 4
+    assert inside.returns_beside(ours / "policies/20.pt", 20)["train"] == 4
     cells = [row for row in rows if row["run"] == ours.name and row["quantity"] == "cosine"]
     assert len(cells) == 36
     assert {row["value"] for row in cells if row["context"] == row["other"]} == {"1"}
@@ -253,8 +252,10 @@ def test_an_environment_with_one_mode(tmp_path, rows_of):
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     folder = save_untrained(tmp_path, "dma_star_sh")
-    names = list(inside.read([folder, folder / "policy.pt"]))
-    assert names == ["di_inv__dma_star_sh__s1", "di_inv__dma_star_sh__s1__2"]
+    snapshot = folder / "100.pt"
+    torch.save(torch.load(folder / "policy.pt") | {"step": 100}, snapshot)
+    names = list(inside.read([folder, folder / "policy.pt", snapshot]))
+    assert names == [folder.name, f"{folder.name}__2", f"{folder.name}__100"]
 
 
 def test_refusals_are_one_line(tmp_path, capsys):
