@@ -20,6 +20,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,14 +38,11 @@ STEPS = 100
 
 def acting_weights(agent):
     """The tensors that acting needs, by name. An averaged policy takes the place of the policy."""
-    policy = "pi" if agent.pi_average is None else "pi_average"
+    pi = agent.pi if agent.pi_average is None else agent.pi_average
     tensors = {}
-    for name, tensor in agent.state_dict().items():
-        network, rest = name.split(".", 1) if "." in name else (name, "")
-        if network == policy:
-            tensors[f"pi.{rest}"] = tensor
-        elif network in ("g", "h"):
-            tensors[name] = tensor
+    for name, network in {"g.": agent.g, "h.": agent.h, "pi.": pi}.items():
+        if network is not None:
+            tensors |= network.state_dict(prefix=name)
     return tensors
 
 
@@ -62,6 +60,13 @@ def describe(agent):
 # ---- What the agent does in its training contexts -----------------------------------------------
 
 
+def train_contexts(cfg):
+    """The training contexts, and whether the motors of each are wired as usual, (N,)."""
+    contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
+    wiring = next(dim for dim in aib_envs.lookup(cfg.env).context if dim.binary)
+    return contexts, np.array([context[wiring.name] == wiring.default for context in contexts])
+
+
 def rounded(agent):
     """A copy of the agent, with its weights rounded to float16."""
     other = copy.deepcopy(agent)
@@ -73,41 +78,32 @@ def rounded(agent):
 def watch(agent):
     """Acts in the training contexts. Returns the mean code z of each wiring of the motors, usual
     and other, and the largest change of an action by float16."""
-    cfg = agent.cfg
-    contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
-    envs = aib_envs.VectorEnv(cfg.env, contexts, seed=0)
+    contexts, usual = train_contexts(agent.cfg)
+    envs = aib_envs.VectorEnv(agent.cfg.env, contexts, seed=0)
     rollout = dmash.Rollout(agent, envs, noisy=False)
     rollout.begin_episode()
     coarse = rounded(agent)
     codes = []
     changes = []
-    for _ in range(min(STEPS, envs.horizon)):
+    for _ in range(STEPS):
         tau = rollout.replay.latest(noisy=False)
         with torch.no_grad():
             z, _ = agent.infer(tau, noisy=False)
             _, omega = coarse.infer(tau, noisy=False)
         s, a, _, _ = rollout.step()
-        change = coarse.act(s, omega, noisy=False) - a
         codes.append(z)
-        changes.append(change.abs().max())
+        changes.append(coarse.act(s, omega, noisy=False) - a)
     mean = torch.stack(codes).mean(0)  # of each context, (N, d_z)
-    wiring = next(dim for dim in aib_envs.lookup(cfg.env).context if dim.binary)
-    usual = torch.from_numpy(envs.task.c[wiring.name] == wiring.default)
     means = [mean[usual].mean(0).tolist(), mean[~usual].mean(0).tolist()]
-    return means, torch.stack(changes).max().item()
+    return means, torch.stack(changes).abs().max().item()
 
 
 def mean_rewards(agent):
     """The mean reward of one episode in each training context, by wiring: usual, other."""
-    cfg = agent.cfg
-    contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
-    horizon = aib_envs.VectorEnv(cfg.env, contexts, seed=0).horizon
-    returns, _ = dmash.evaluate(agent, cfg, contexts)
-    wiring = next(dim for dim in aib_envs.lookup(cfg.env).context if dim.binary)
-    rewards = {True: [], False: []}
-    for context, value in zip(contexts, returns[:, 0]):
-        rewards[context[wiring.name] == wiring.default].append(value / horizon)
-    return [sum(values) / len(values) for values in rewards.values()]
+    contexts, usual = train_contexts(agent.cfg)
+    returns, _ = dmash.evaluate(agent, agent.cfg, contexts)
+    rewards = returns[:, 0] / aib_envs.lookup(agent.cfg.env).horizon
+    return [rewards[usual].mean(), rewards[~usual].mean()]
 
 
 # ---- The page -----------------------------------------------------------------------------------
@@ -151,25 +147,21 @@ def run_command(args):
         if other.cfg.env != agent.cfg.env:
             message = f"{args.against} is of {other.cfg.env}, {args.run} of {agent.cfg.env}"
             raise dmash.BadInput(message)
-    out = Path(args.out)
     text, cost = page(agent, other)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
     print(f"float16 changes an action by at most {cost:.1e}")
-    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    parser = dmash.Parser(
-        "play.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = dmash.Parser("play.py", description=__doc__, **layout)
     parser.add_argument("run", metavar="RUN", help="run folder or policy file")
     parser.add_argument("--against", metavar="RUN", help="a second agent, of dr or concat")
-    parser.add_argument("--out", default="play.html", help="the page (default: %(default)s)")
+    out = "the page (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default="play.html", help=out)
     return dmash.exit_status("play.py", lambda: run_command(parser.parse_args(argv)))
 
 
