@@ -113,8 +113,9 @@ BUGS = {
     ),
     "time_limit": Bug(
         changes={
-            "    @property\n    def s2(self):\n": (
-                "    done: torch.Tensor | float = 0.0  # (B,)\n\n    @property\n    def s2(self):\n"
+            ", the true contexts, which Concat and DA read\n": (
+                ", the true contexts, which Concat and DA read\n"
+                "    done: torch.Tensor | float = 0.0  # (B,)\n"
             ),
             "batch.r + gamma * v2": "batch.r + gamma * (1 - batch.done) * v2",
             "        self.t = 0  # transitions": (
