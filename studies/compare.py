@@ -30,6 +30,7 @@ import shlex
 import sys
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import runs as reader
@@ -43,7 +44,6 @@ FEWEST = 5  # seeds a side, for a verdict
 LEVEL = 0.05  # of Holm's p, for a verdict
 FEWEST_OF_INTERVAL = 3
 MOST_SPLITS = 5_000_000  # of an exact p
-SHORT = {"mean": "mean of the sets", "eval_out": "extrapolation"}
 
 # ---- Statistics --------------------------------------------------------------------------------
 
@@ -275,11 +275,11 @@ def differences_table(runs):
         for departures in departures_in(arms):
             ours = find(arms, OURS, departures)
             for arm, others in arms.items():
-                if ours and others[0].departures == departures:
+                if ours and others is not ours and others[0].departures == departures:
                     row = difference_row(title, arm, ours, others)
-                    rows.append([*row, figure(speed(others), 1)])
+                    rows.append([*row, figure(speed(others), 1), figure(speed(ours), 1)])
     head = ["environment", "DMA*-SH minus", "seeds", "mean of the sets", "p", "extrapolation", "p"]
-    return table([*head, "steps/s"], rows)
+    return table([*head, "its steps/s", "DMA*-SH's"], rows)
 
 
 def departures_table(runs):
@@ -335,30 +335,91 @@ def verdict(difference, p):
     return "against it"
 
 
-def claims_table(runs, score, all_rows=True):
-    """A row per claim and block; p corrected for all rows with enough seeds.
+class Judged(NamedTuple):
+    """A claim in one block."""
 
-    Without `all_rows`, rows with too few seeds are left out.
-    """
-    rows, tested = [], []
-    for claim, title, better, worse in claims_in(runs):
-        x, y = scores(better, score), scores(worse, score)
-        setting = ", ".join(filter(None, [setting_of(better[0]), better[0].departures]))
-        row = [claim, title, setting, f"{len(x)}, {len(y)}"]
-        row += difference_cells(better, worse, score)
-        row += ["–", "too few seeds"]
-        if min(len(x), len(y)) >= FEWEST:
-            p = permutation_p(x, y)
-            row[-1] = "too many seeds for an exact p"
-            if not math.isnan(p):
-                tested.append((row, x.mean() - y.mean(), p))
-        if all_rows or row[-1] != "too few seeds":
-            rows.append(row)
-    corrected = holm([p for _, _, p in tested])
-    for (row, difference, _), p in zip(tested, corrected):
-        row[-2:] = p_text(p), verdict(difference, p)
+    claim: str
+    title: str
+    better: list  # of runs
+    worse: list
+    p: float  # nan: no test
+    corrected: float  # Holm's p
+    verdict: str
+
+
+def judged(runs, score):
+    """All claims; p is corrected for all that have enough seeds."""
+    claims, ps = list(claims_in(runs)), []
+    for _, _, better, worse in claims:
+        p = math.nan
+        if min(len(better), len(worse)) >= FEWEST:
+            p = permutation_p(scores(better, score), scores(worse, score))
+        ps.append(p)
+    corrected = iter(holm([p for p in ps if not math.isnan(p)]))
+    result = []
+    for (claim, title, better, worse), p in zip(claims, ps):
+        if min(len(better), len(worse)) < FEWEST:
+            end = math.nan, "too few seeds"
+        elif math.isnan(p):
+            end = math.nan, "too many seeds for an exact p"
+        else:
+            difference = scores(better, score).mean() - scores(worse, score).mean()
+            p_holm = next(corrected)
+            end = p_holm, verdict(difference, p_holm)
+        result.append(Judged(claim, title, better, worse, p, *end))
+    return result
+
+
+def claims_table(runs, score):
+    """A row per claim and block."""
+    rows = []
+    for of in judged(runs, score):
+        first = of.better[0]
+        setting = ", ".join(filter(None, [setting_of(first), first.departures]))
+        row = [of.claim, of.title, setting, f"{len(of.better)}, {len(of.worse)}"]
+        row += difference_cells(of.better, of.worse, score)
+        rows.append([*row, p_text(of.corrected), of.verdict])
     head = ["the paper says", "environment", "setting", "seeds", "difference", "p", "Holm's p"]
     return table([*head, "verdict"], rows)
+
+
+def claims_in_short(runs):
+    """A row per claim, a column per block: the difference and, in parentheses, Holm's p."""
+    tested = [of for of in judged(runs, "mean") if not math.isnan(of.p)]
+    titles = [title for title in blocks_of(runs) if title in {of.title for of in tested}]
+    rows = []
+    for claim, of_claim in group(tested, lambda of: of.claim).items():
+        cells = dict.fromkeys(titles, "–")
+        for of in of_claim:
+            difference, _ = difference_cells(of.better, of.worse, "mean")
+            cells[of.title] = f"{difference.split(' [')[0]} ({p_text(of.corrected)})"
+        envs = group(of_claim, lambda of: of.verdict)
+        verdicts = [f"{words} ({len(of)} of {len(of_claim)})" for words, of in envs.items()]
+        rows.append([claim, *cells.values(), ", ".join(verdicts)])
+    return table(["the paper says", *titles, "verdict"], rows)
+
+
+def artefacts_table(runs, score):
+    """What departures cost a method, and DMA*-SH's lead over it without and with them."""
+    rows = []
+    for title, arms in blocks_of(runs).items():
+        for changed in arms.values():
+            label, departures = changed[0].label, changed[0].departures
+            if not departures or label not in arms:
+                continue
+            row = [title, departures, label, f"{len(changed)}, {len(arms[label])}"]
+            row += difference_cells(changed, arms[label], score)
+            ours = arms.get(OURS), find(arms, OURS, departures)
+            if label != OURS and all(ours):
+                digits = digits_of(changed[0].env)
+                lists = [ours[0], arms[label], ours[1], changed]
+                samples = [scores(of, score) for of in lists]
+                for weights in ([1, -1, 0, 0], [0, 0, 1, -1], [-1, 1, 1, -1]):
+                    used = [(w, x) for w, x in zip(weights, samples) if w]
+                    row.append(cell(contrast(*zip(*used)), digits, "+"))
+            rows.append(row + [""] * (9 - len(row)))
+    head = ["environment", "with", "method", "seeds", "what it changes", "p"]
+    return table([*head, "DMA*-SH's lead without", "lead with", "change of the lead"], rows)
 
 
 def samples(runs):
@@ -407,12 +468,16 @@ def aggregates_table(runs):
                     pairs[env] = ours, arms[arm]
             if len(pairs) < 2:
                 continue
+            row = [arm, len(pairs)]
             for score in ("mean", "eval_out"):
                 of = {env: [scaled(side, score) for side in pair] for env, pair in pairs.items()}
-                row = [arm, SHORT[score], len(of), cell(mean_difference(of.values()), 3, "+")]
-                rows.append([*row, *leaving_one_out(of), figure(mean_probability(of.values()), 2)])
-    head = ["DMA*-SH minus", "score", "environments", "difference", "lowest, leaving one out"]
-    return table([*head, "highest", "probability of improvement"], rows)
+                row.append(cell(mean_difference(of.values()), 3, "+"))
+                row.append(figure(mean_probability(of.values()), 2))
+                row += leaving_one_out(of)
+            rows.append(row)
+    head = ["P(better)", "lowest, leaving one out", "highest"]
+    head = ["mean of the sets", *head, "extrapolation", *head]
+    return table(["DMA*-SH minus", "environments", *head], rows)
 
 
 def leaving_one_out(pairs):
@@ -467,11 +532,13 @@ MAKERS = {
     "table 2": partial(returns_table, score="eval_out"),
     "table 3": differences_table,
     "claims": partial(claims_table, score="mean"),
-    "claims with enough seeds": partial(claims_table, score="mean", all_rows=False),
+    "claims in short": claims_in_short,
     "claims, extrapolation": partial(claims_table, score="eval_out"),
     "aggregates": aggregates_table,
     "published scores": published_table,
     "departures": departures_table,
+    "artefacts": partial(artefacts_table, score="mean"),
+    "artefacts, extrapolation": partial(artefacts_table, score="eval_out"),
 }
 
 
@@ -495,8 +562,6 @@ def report_text(runs):
     done = sum(run.finished for run in runs)
     parts = [INTRO, f"{len(runs)} runs, {done} of them finished. Versions: {versions}.\n"]
     for name, make in MAKERS.items():
-        if name == "claims with enough seeds":
-            continue  # these rows stand in "claims"
         parts.append(f"## {name.capitalize()}\n\n{make(runs)}")
     return "\n".join(parts)
 
@@ -530,7 +595,7 @@ def fill(places, document, check):
         if name not in MAKERS:
             raise BadInput(f"{document}: no table {name!r}; known: {', '.join(MAKERS)}")
         made = MAKERS[name]([run for run in runs if run.experiment in wanted])
-        return f"{begin}\n{made}\n{end}"
+        return f"{begin}{made}{end}"
 
     pattern = r"(<!-- ([^>]+?)(?: of ([^>]+))? -->\n).*?(<!-- end -->)"
     text = document.read_text(encoding="utf-8")

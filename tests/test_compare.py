@@ -217,13 +217,13 @@ def test_returns_by_method_and_environment(five_seeds):
 def test_differences_have_interval_p_and_speed(five_seeds):
     _, *rows = tables_of(five_seeds)["table 3"]
     cells = {(row[0], row[1]): row[2:] for row in rows}
-    assert len(cells) == len(rows) == 12
+    assert len(cells) == len(rows) == 9
     env = "di_inv, 10 steps"
-    assert cells[env, "DMA*-SH"] == ["5, 5", "", "", "", "", "0.5"]  # 10 steps in 20 seconds
     x = np.array([90.0, 50, 80, 70, 60])
     ends = stats.ttest_ind(x, x - 40, equal_var=False).confidence_interval()
     expected = f"+40.0 [+{ends.low:.1f}, +{ends.high:.1f}]"
-    assert cells[env, "Concat"] == ["5, 5", expected, "0.016", expected, "0.016", "0.5"]
+    speeds = ["0.5", "0.5"]  # 10 steps in 20 seconds
+    assert cells[env, "Concat"] == ["5, 5", expected, "0.016", expected, "0.016", *speeds]
     assert cells[env, "DR"][0] == "5, 3"
 
 
@@ -238,11 +238,14 @@ def test_verdicts_need_five_seeds_and_holm(five_seeds, tmp_path, monkeypatch):
     # p = 4 / 252, one of six tested claims, three of them equal
     assert cells[compare.CLAIMS[1][0]][3:] == ["0.016", "0.095", "inconclusive"]
     enough = [row for row in rows if row[-1] != "too few seeds"]
-    assert tables["claims with enough seeds"][1:] == enough
     assert len(enough) == 6
+    head, *short = tables["claims in short"]
+    assert head == ["the paper says", *tables["table 1"][0][1:], "verdict"]
+    assert [row[0] for row in short] == [compare.CLAIMS[1][0], compare.CLAIMS[2][0]]
+    assert short[0][1:] == ["+40.0 (0.095)"] * 3 + ["inconclusive (3 of 3)"]
 
     monkeypatch.setattr(compare, "MOST_SPLITS", 251)
-    row = tables_of(five_seeds)["claims with enough seeds"][1]
+    row = tables_of(five_seeds)["claims"][4]
     assert row[5:] == ["–", "–", "too many seeds for an exact p"]
     monkeypatch.undo()
 
@@ -256,13 +259,14 @@ def test_verdicts_need_five_seeds_and_holm(five_seeds, tmp_path, monkeypatch):
 
 def test_aggregates_weigh_environments_alike(five_seeds):
     _, *rows = tables_of(five_seeds)["aggregates"]
-    cells = {(row[0], row[1], row[2]): row[3:] for row in rows}
-    assert len(cells) == 6  # three methods, two scores
-    ode = 40 / (200 - compare.no_action("ode", "mean"))
-    cell = cells["Concat", "mean of the sets", "3"]
-    assert cell[0].startswith(f"+{(0.4 + 0.4 + ode) / 3:.3f} [+")
-    assert cell[1:3] == [f"+{(0.4 + ode) / 2:.3f} without di_inv", "+0.400 without ode"]
-    assert cell[3] == "0.98"  # of 25 pairs 24 are above, 1 is equal
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells.keys() == {"Concat", "DA", "DR"}
+    for score, start in (("mean", 1), ("eval_out", 5)):
+        difference, better, lowest, highest = cells["Concat"][start : start + 4]
+        ode = 40 / (200 - compare.no_action("ode", score))
+        assert difference.startswith(f"+{(0.4 + 0.4 + ode) / 3:.3f} [+")
+        assert better == "0.98"  # of 25 pairs 24 are above, 1 is equal
+        assert (lowest, highest) == (f"+{(0.4 + ode) / 2:.3f} without di_inv", "+0.400 without ode")
 
 
 def test_published_score_is_the_larger_of_the_last_two_in_each_set(tmp_path):
@@ -284,8 +288,12 @@ def test_departures_are_set_beside_the_same_method_without(tmp_path):
     assert [row[1] for row in losses] == ["DMA*-SH, published", "Concat, published"]
     assert [row[3] for row in losses] == ["+0.0 [+0.0, +0.0]", "−20.0 [−20.0, −20.0]"]
     gains = {row[1]: row[3][:5] for row in gains}
-    expected = {"DMA*-SH": "", "Concat": "+20.0"}  # none across departures
-    assert gains == expected | {"DMA*-SH, published": "", "Concat, published": "+40.0"}
+    assert gains == {"Concat": "+20.0", "Concat, published": "+40.0"}  # none across departures
+    for score in ("artefacts", "artefacts, extrapolation"):
+        _, ours, concat = [[cell.split(" [")[0] for cell in row] for row in tables[score]]
+        assert ours[1:] == ["published", "DMA*-SH", "5, 5", "+0.0", "1.000", "", "", ""]
+        assert concat[1:6] == ["published", "Concat", "5, 5", "−20.0", "0.008"]
+        assert concat[6:] == ["+20.0", "+40.0", "+20.0"]  # the lead without, with, its change
     settings = [row[2] for row in tables["claims"][1:]]
     assert settings == ["`--quick`", "`--quick`, published"]
 
@@ -348,7 +356,7 @@ def test_reports_go_between_marks_and_a_check_fails_when_they_drift(five_seeds, 
     assert said_by(write, capsys) == f"{document}: 2 tables\n"
     runs = reader.read_runs([tmp_path])
     first, second = compare.MAKERS["table 1"](runs), compare.MAKERS["claims"](runs)
-    new = text.replace("quick -->\n", f"quick -->\n\n{first}\n").replace("old\n", f"\n{second}\n")
+    new = text.replace("quick -->\n", f"quick -->\n{first}").replace("old\n", second)
     assert document.read_text() == new
     said_by([*write, "--check"], capsys)
     document.write_text(new.replace("69.0", "69.1", 1))
