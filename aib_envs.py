@@ -1464,7 +1464,12 @@ def make(env_id: str, **options: Any) -> ContextualEnv:
     spec = gymnasium.registry.get(gymnasium_name(env_id))
     if spec is not None:
         kwargs = spec.kwargs | env.context
-        env.spec = dataclasses.replace(spec, max_episode_steps=options["horizon"], kwargs=kwargs)
+        if env.render_mode is not None:
+            kwargs["render_mode"] = env.render_mode
+        limit = options["horizon"]
+        if limit == inf:
+            limit = None  # as Gymnasium writes it
+        env.spec = dataclasses.replace(spec, max_episode_steps=limit, kwargs=kwargs)
     return env
 
 
@@ -1675,7 +1680,6 @@ class ActuatorInversion(gymnasium.ActionWrapper, RecordConstructorArgs):
     """
 
     def __init__(self, env: gymnasium.Env, signs: Any):
-        RecordConstructorArgs.__init__(self, signs=signs)
         gymnasium.ActionWrapper.__init__(self, env)
         space = env.action_space
         if not isinstance(space, gymnasium.spaces.Box) or (space.low != -space.high).any():
@@ -1683,6 +1687,8 @@ class ActuatorInversion(gymnasium.ActionWrapper, RecordConstructorArgs):
         if np.size(signs) == 1:
             signs = np.full(space.shape, signs)
         self.signs = finite("signs", signs, space.shape).copy()
+        # Lists, as a spec written as JSON holds no arrays.
+        RecordConstructorArgs.__init__(self, signs=self.signs.tolist())
 
     def action(self, action):
         space = self.action_space
@@ -1697,7 +1703,6 @@ class ActuatorPermutation(gymnasium.ActionWrapper, RecordConstructorArgs):
     """
 
     def __init__(self, env: gymnasium.Env, order: Any):
-        RecordConstructorArgs.__init__(self, order=order)
         gymnasium.ActionWrapper.__init__(self, env)
         space = env.action_space
         self.order = np.array(order, ndmin=1)
@@ -1711,6 +1716,7 @@ class ActuatorPermutation(gymnasium.ActionWrapper, RecordConstructorArgs):
             if (bound[self.order] != bound).any():
                 kept = "leave actuators with other bounds in place"
                 raise ValueError(f"order {shown(order)}: must {kept}, {shown(space)}")
+        RecordConstructorArgs.__init__(self, order=self.order.tolist())
 
     def action(self, action):
         space = self.action_space

@@ -881,7 +881,9 @@ def test_actuator_wrappers_on_any_environment():
 
 WRAPPED = [
     lambda: ActuatorPermutation(ActuatorInversion(gymnasium.make("Pendulum-v1"), -1), [0]),
-    lambda: ActuatorPermutation(make("hopper_gym", gravity=5), [2, 0, 1]),
+    lambda: ActuatorPermutation(make("hopper_gym", gravity=5), np.array([2, 0, 1])),
+    lambda: ActuatorInversion(make("di_inv"), np.array([1.0, -1.0])),
+    lambda: make("di_inv", horizon=math.inf, render_mode="rgb_array"),
     lambda: RandomContext(gymnasium.make("aib/ode-v0"), {"c1": (2.0, 3.0)}),
     lambda: AddContext(make("di_inv", mass=1.2)),
     lambda: AddContext(RandomContext(make("cartpole_inv"), "eval_in"), key="c"),
@@ -889,9 +891,11 @@ WRAPPED = [
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
-def test_wrappers_are_rebuilt_from_their_spec(wrapped):
+def test_environments_are_rebuilt_from_their_spec_as_json(wrapped):
     env = wrapped()
-    again = gymnasium.make(env.spec)
+    spec = gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json())
+    again = gymnasium.make(spec)
+    assert again.render_mode == env.render_mode
     assert env.observation_space == again.observation_space
     assert env.action_space == again.action_space
     env.action_space.seed(0)
