@@ -43,8 +43,10 @@ RL under Discontinuous Shifts", arXiv 2602.06550. Equations and algorithms have 
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -314,8 +316,7 @@ class Actor(Network):
 
     def mean(self, s, omega):
         """The action without noise, (B, d_a)."""
-        mu, _ = self(s, omega)
-        return mu.tanh()
+        return self(s, omega)[0].tanh()
 
 
 class Critics(nn.Module):
@@ -502,8 +503,7 @@ class Agent(nn.Module):
         # 7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
         move_towards(self.Q_target, self.Q, self.cfg.polyak)
 
-        losses["alpha"] = self.alpha
-        return losses
+        return losses | {"alpha": self.alpha}
 
 
 # ---- The methods of the comparison --------------------------------------------------------------
@@ -1024,8 +1024,10 @@ class Run:
         replay.rows[: replay.t] = state["replay"]
         rollout.s = state["s"].to(self.cfg.device)
         rollout.envs.load_state_dict(state["envs"])
-        # An environment of Gymnasium cannot be saved: it begins a new episode.
-        rollout.done = state["done"] or rollout.envs.t is None
+        rollout.done = state["done"]
+        if rollout.envs.t is None and not rollout.done:
+            print(f"a new episode begins: the state of {self.cfg.env} cannot be saved")
+            rollout.done = True
         generator, *gpu_generators = state["generators"]
         torch.set_rng_state(generator)
         torch.cuda.set_rng_state_all(gpu_generators)
@@ -1278,13 +1280,12 @@ class Policy:
 
 def csv_text(rows):
     """Dicts with the same keys as the text of a CSV file; floats have 6 digits."""
-    lines = [",".join(rows[0])]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
     for row in rows:
-        cells = [
-            f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()
-        ]
-        lines.append(",".join(cells))
-    return "\n".join(lines) + "\n"
+        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()])
+    return text.getvalue()
 
 
 # ---- Picture ------------------------------------------------------------------------------------

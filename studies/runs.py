@@ -316,21 +316,15 @@ def write_tables(folder, runs):
 
 def write_table(path, rows):
     columns = dict.fromkeys(column for row in rows for column in row)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")  # which quotes, unlike dmash.py
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({column: plain(value) for column, value in row.items()})
-    data = text.getvalue().encode()
+    full = [{column: plain(row.get(column, "")) for column in columns} for row in rows]
+    data = dmash.csv_text(full).encode()
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
     path.write_bytes(data)
 
 
 def plain(value):
-    """A number as text: all digits of a whole one, 6 of another."""
-    if not isinstance(value, float):
-        return value
-    if value.is_integer():
+    """A whole number as an integer, of which all digits are written."""
+    if isinstance(value, float) and value.is_integer():
         return int(value)
-    return f"{value:.6g}"
+    return value
