@@ -220,11 +220,15 @@ class DmControl:
             self.env = suite.load(domain, task, {"random": 0})
         self.physics = self.env.physics
         set_fields(self.physics.model, context)
-        self.context = context
+        self.context, self.reacher = context, domain == "reacher"
         self.env.reset()
 
-    def state(self):
-        return self.physics.get_state()
+    def start(self):
+        """State, and target of a reacher."""
+        parts = [self.physics.get_state()]
+        if self.reacher:
+            parts.append(self.physics.named.model.geom_pos["target", ["x", "y"]])
+        return np.hstack(parts)
 
     def set_state(self, state, target=None):
         if target is not None:
@@ -251,7 +255,7 @@ class GymnasiumOwn:
         set_fields(self.env.model, context)
         self.env.reset(seed=0)
 
-    def state(self):
+    def start(self):
         return np.hstack([self.env.data.qpos, self.env.data.qvel])
 
     def set_state(self, state):
@@ -289,50 +293,25 @@ def test_steps_equal_the_reference(env_id):
             reference.set_state(**start)
             _, r, *_ = env.step(action)
             s2, r2 = reference.step(action)
-            ours = np.hstack([task.observation()[0], env.state(), r])
-            assert_allclose(ours, np.hstack([s2, reference.state(), r2]), rtol=0, atol=1e-6)
+            ours = np.hstack([task.observation()[0], *start_of(env).values(), r])
+            assert_allclose(ours, np.hstack([s2, reference.start(), r2]), rtol=0, atol=1e-6)
 
 
 @each_reference
 def test_resets_are_distributed_as_in_the_reference(env_id):
-    """The Kolmogorov-Smirnov test of each entry of the state, and the support."""
+    """The Kolmogorov-Smirnov test of each entry of state and target, and the support."""
     stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
     env, reference = started(env_id), reference_of(env_id, default_of(env_id))
-    ours, theirs = np.empty((2, 2000, env.task.state_size))
-    for i in range(2000):
+    ours, theirs = [], []
+    for _ in range(2000):
         env.reset()
         reference.env.reset()
-        ours[i] = env.state()
-        theirs[i] = reference.state()
+        ours.append(np.hstack([*start_of(env).values()]))
+        theirs.append(reference.start())
     assert (stats.ks_2samp(ours, theirs, method="asymp").pvalue > 0.001).all()
     margin = 0.15 * np.ptp(theirs, axis=0) + 1e-9
-    assert (ours > theirs.min(axis=0) - margin).all()
-    assert (ours < theirs.max(axis=0) + margin).all()
-
-
-def test_reacher_targets_lie_on_a_ring():
-    task, rng = started("reacher_easy_inv").task, np.random.default_rng(0)
-    targets = []
-    for _ in range(2000):
-        task.initial_state(0, rng)
-        targets.append(task.target[0])
-    radii = np.hypot(*np.transpose(targets))
-    assert radii.min() >= 0.05 and radii.max() <= 0.2
-    assert abs(np.median(radii) - 0.125) < 0.005
-    assert np.abs(np.mean(targets, axis=0)).max() < 0.01
-
-
-@each_environment
-def test_every_context_dimension_changes_a_trajectory(env_id):
-    def trajectory(**context):
-        env, rng = started(env_id, 3, **context), np.random.default_rng(0)
-        return np.array([env.step(rng.uniform(-1, 1, env.task.d_a))[0] for _ in range(30)])
-
-    default = trajectory()
-    assert_array_equal(trajectory(**default_of(env_id)), default)
-    for dim in dims_of(env_id):
-        for value in {*dim.train} - {dim.default}:
-            assert np.abs(trajectory(**{dim.name: value}) - default).max() > 1e-3
+    assert (ours > np.min(theirs, axis=0) - margin).all()
+    assert (ours < np.max(theirs, axis=0) + margin).all()
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -562,12 +541,14 @@ def restored(envs):
 @each_environment
 def test_copies_go_on_like_the_original(env_id, copied):
     """A copy made before the first reset, after it or in mid-episode: bit for bit, and each by
-    itself."""
+    itself. Observations are too coarse to show what a contact starts its solver from."""
 
     def play(env):
-        steps = [part for action in actions for part in env.step(action)[:2]]
-        again = [env.reset()[0], env.step(actions[0])[0]]
-        return np.concatenate(steps + again, axis=None)
+        parts = []
+        for action in actions:
+            parts += [*env.step(action)[:2], env.state()]
+        parts += [env.reset()[0], env.step(actions[0])[0]]
+        return np.concatenate(parts, axis=None)
 
     contexts = context_sets(env_id, 2)["eval_out"]
     vector, single = VectorEnv(env_id, contexts, seed=1), make(env_id, **contexts[0])
@@ -690,16 +671,12 @@ def test_an_unknown_keyword_is_a_type_error_that_lists_the_contexts():
 
 def test_step_before_reset_is_told():
     env = make("di_inv")
-    with refused("call reset() before step()", ResetNeeded):
-        env.step([0, 0])
-    with refused("call reset() before set_context()", ResetNeeded):
-        env.set_context(mass=1)
-    with refused("call reset() before state()", ResetNeeded):
-        env.state()
-    with refused("call reset() before render()", ResetNeeded):
-        env.render()
-    with refused("call reset() before step()", ResetNeeded):
-        make_vec("di_inv", 2).step(np.zeros((2, 2)))
+    for call in (env.set_context, env.state, env.render):
+        with refused(f"call reset() before {call.__name__}()", ResetNeeded):
+            call()
+    for envs, actions in ((env, [0, 0]), (make_vec("di_inv", 2), np.zeros((2, 2)))):
+        with refused("call reset() before step()", ResetNeeded):
+            envs.step(actions)
 
 
 def test_bad_actions_leave_the_environment_unharmed():
@@ -750,13 +727,10 @@ def test_gymnasium_checker_passes_without_a_warning(env_id):
 
 @each_environment
 def test_the_horizon_is_gymnasium_s(env_id):
-    name, horizon = f"aib/{env_id}-v0", aib_envs.ENVS[env_id].horizon
-    assert gymnasium.spec(name).max_episode_steps == horizon
-    timed = gymnasium.make(name)
-    timed = gymnasium.wrappers.TimeAwareObservation(timed, normalize_time=False, flatten=False)
-    assert timed.observation_space["time"].high == horizon
+    name = f"aib/{env_id}-v0"
+    assert gymnasium.spec(name).max_episode_steps == aib_envs.ENVS[env_id].horizon
     # By one clock, the one that was asked for.
-    assert timed.unwrapped.horizon == math.inf
+    assert gymnasium.make(name).unwrapped.horizon == math.inf
     for env in (gymnasium.make(name, max_episode_steps=12), make(env_id, horizon=12)):
         env.reset(seed=0)
         action = np.zeros(env.action_space.shape)
@@ -822,18 +796,15 @@ def test_contexts_of_make_vec_by_the_name_of_a_set_by_values_or_at_reset():
     assert_same(envs.step(actions)[0][1], single.step(actions[1])[0])
 
 
-def test_vector_wrappers_work():
-    vector = gymnasium.wrappers.vector
+def test_a_vector_wrapper_of_gymnasium_works():
     envs = make_vec("cartpole_inv", 3, contexts="train", max_episode_steps=5)
-    envs = vector.NormalizeObservation(vector.RecordEpisodeStatistics(envs))
+    envs = gymnasium.wrappers.vector.RecordEpisodeStatistics(envs)
     envs.reset(seed=0)
-    actions = np.full((3, 1), 0.5)
     for _ in range(2):
-        steps = [envs.step(actions) for _ in range(5)]
-        s2, _, _, truncated, infos = steps[-1]
-        assert truncated.all() and np.abs(s2.mean()) < 3
+        steps = [envs.step(np.full((3, 1), 0.5)) for _ in range(5)]
+        infos = steps[-1][4]
         assert_allclose(infos["episode"]["r"], sum(r for _, r, *_ in steps))
-        envs.step(actions)  # begins the next episode
+        envs.step(np.zeros((3, 1)))  # begins the next episode
 
 
 def test_vector_steps_are_much_faster_than_gymnasium_s():
@@ -1189,13 +1160,12 @@ def test_installing_takes_two_modules_and_no_torch():
     assert f"gymnasium=={gymnasium.__version__}\n" in (HERE / "requirements.txt").read_text()
 
 
-@pytest.mark.parametrize("minor", [10, 11, 12, 13])
-def test_both_files_compile(minor):
-    folders = [*os.get_exec_path(), *Path.home().glob(f".pyenv/versions/3.{minor}.*/bin")]
-    found = [path for folder in folders for path in Path(folder).glob(f"python3.{minor}")]
-    pythons = [path for path in found if "shims" not in path.parts]
-    if not pythons:
-        pytest.skip(f"there is no Python 3.{minor} here")
+def test_both_files_compile_in_every_python_that_is_here():
+    folders = [*os.get_exec_path(), *Path.home().glob(".pyenv/versions/*/bin")]
     code = "import ast, sys; [ast.parse(open(file, 'rb').read()) for file in sys.argv[1:]]"
-    command = [pythons[0], "-c", code, HERE / "dmash.py", HERE / "aib_envs.py"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    for folder in folders:
+        for python in Path(folder).glob("python3.1[0-9]"):
+            if "shims" not in python.parts:
+                subprocess.run(
+                    [python, "-c", code, HERE / "dmash.py", HERE / "aib_envs.py"], check=True
+                )

@@ -335,14 +335,12 @@ def test_an_environment_of_a_module_trains(tmp_path, monkeypatch, capsys):
     forget()
 
 
-def test_an_environment_of_gymnasium_trains_and_resumes(tmp_path, capsys):
+def test_an_environment_of_gymnasium_resumes_with_a_new_episode(tmp_path):
+    """Its state cannot be saved."""
     folder = stop(tmp_path, 6 + 10 + 4, env="gymnasium:Pendulum-v1", K=6)
-    capsys.readouterr()
     resume(folder)
-    told = "a new episode begins: the state of gymnasium:Pendulum-v1 cannot be saved"
-    assert capsys.readouterr().out.splitlines()[0] == told
     assert len(read(folder / "metrics.csv")) == 2
-    assert checkpoint(folder)["rollout"]["replay"]["t"] == 6 + 10 + 4 + 6 + 16
+    assert checkpoint(folder)["t"] == 6 + 10 + 4 + 6 + 16
 
 
 def test_terminal_states_met_later_stop_a_run_in_one_line(tmp_path, monkeypatch, capsys):
