@@ -3,7 +3,6 @@
 A run that was disturbed must equal, bit for bit, one that was not.
 """
 
-import contextlib
 import csv
 import dataclasses
 import gc
@@ -270,8 +269,7 @@ def test_version_tells_the_code_and_no_other_project_s_commit(tmp_path, monkeypa
     commit = git("log -1 --format=%h")
     monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))
     assert dmash.code_version() == f"{alone} {commit}"
-    with contextlib.suppress(SystemExit):
-        dmash.main(["--version"])
+    assert dmash.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{dmash.__version__} {dmash.code_version()}\n"
     versions = {alone}
     for path in tmp_path.glob("*.py"):
@@ -307,8 +305,8 @@ def test_a_stopped_run_resumes_exactly(calls, number, step, evaluations, run, tm
 
 @pytest.mark.parametrize("env_id", [name for name in SHORT if not name.startswith("ode_")])
 def test_every_environment_trains_and_resumes_in_mid_episode(env_id, tmp_path):
-    """With a moving average of the policy, too."""
-    changes = dict(env=env_id, policy_average=0.1, contexts=2, steps=8, eval_every=4)
+    """With a moving average of the policy, and with a replay that is full and written again."""
+    changes = dict(env=env_id, policy_average=0.1, buffer=20, contexts=2, steps=8, eval_every=4)
     whole = train(tmp_path / "whole", **changes)
     stopped = stop(tmp_path / "stopped", 22 + 3, **changes)
     resume(stopped)
@@ -410,9 +408,6 @@ def test_go_on(folder, run, capsys):
     assert error_of(capsys) == f"--gamma 0.5: {folder} holds a run with --gamma 0.99"
     train(out, "--go-on", steps=25)
     assert read(folder / "metrics.csv")[-1]["step"] == "25"
-    (folder / "checkpoint.pt").write_bytes(b"")
-    train(out, "--go-on", status=2)
-    assert "checkpoint.pt cannot be read" in error_of(capsys)
 
 
 @not_on_windows
@@ -570,7 +565,6 @@ def test_quick(tmp_path):
     names = {name.split(".")[0] for name in dmash.load(folder / "policy.pt")["agent"]}
     assert names == {"g", "h", "pi", "pi_average"}
     resume(folder, "--steps", "21")
-    assert dmash.main(["--eval", str(folder)]) == 0
 
 
 BAD_COMMANDS = [
@@ -580,7 +574,6 @@ BAD_COMMANDS = [
     ("--env gymnasium:Nonsense-v0", "--env gymnasium:Nonsense-v0: "),
     ("--method dma_sta_sh", "unknown method 'dma_sta_sh' (did you mean dma_star_sh?)"),
     ("--step 5", "unrecognized arguments: --step 5"),
-    ("--steps", "argument --steps: expected one argument"),
     ("--steps 1.5", "--steps 1.5: must be a whole number from 1 to 1"),
     ("--alpha 1e-50", "--alpha 1e-50: must be a number from 1e-06 to 100"),
     ("--env di_inv --K 13", "--K 13: must be at most the horizon of di_inv, 12"),
@@ -592,7 +585,6 @@ BAD_COMMANDS = [
     ("--out a\0b", "--out a\0b: must be the name of a folder"),
     ("--out /dev/null", "/dev/null/cartpole_inv__dma_star_sh__s1: Not a directory"),
     ("--per-context", "--per-context: allowed only with --eval RUN"),
-    ("--eval x --resume y", "argument --resume: not allowed with argument --eval"),
     ("--resume x --seed 3", "--seed: not allowed with --resume"),
     ("--eval nowhere", "nowhere: must be a policy file, or a run folder that holds policy.pt"),
     ("--resume nowhere", "--resume nowhere: no run folder (it has no checkpoint.pt)"),
@@ -685,25 +677,17 @@ def test_damaged_and_foreign_files_are_refused(name, mode, run, tmp_path, monkey
     assert os.listdir() == [run.name]  # no code in a file was run
 
 
-def test_torn_files_are_refused_and_flipped_bits_found(run, folder, capsys):
+def test_torn_files_and_flipped_bits_are_refused(folder, capsys):
     path = folder / "checkpoint.pt"
-    data, whole = path.read_bytes(), bits(checkpoint(run))
-    for torn in (b"", b"x" * 1000, data[: len(data) // 2]):
+    data, weight = (
+        path.read_bytes(),
+        checkpoint(folder)["agent"]["h.trunk.0.weight"].numpy().tobytes(),
+    )
+    flipped = bytes([weight[0] ^ 1]) + weight[1:]
+    for torn in (b"", b"x" * 1000, data[: len(data) // 2], data.replace(weight, flipped)):
         path.write_bytes(torn)
         resume(folder, status=2)
-        assert "checkpoint.pt cannot be read (" in error_of(capsys)
-    refused = 0
-    for place in np.random.default_rng(0).integers(len(data), size=20):
-        damaged = bytearray(data)
-        damaged[place] ^= 1
-        path.write_bytes(damaged)
-        try:
-            state = dmash.load(path)
-        except Exception:
-            refused += 1
-        else:
-            assert bits(state) == whole  # the bit meant nothing
-    assert refused >= 10
+        assert f"{path} cannot be read (" in error_of(capsys)
 
 
 @pytest.mark.parametrize("name", FILES)
