@@ -11,7 +11,6 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -312,6 +311,9 @@ def test_resets_are_distributed_as_in_the_reference(env_id):
     margin = 0.15 * np.ptp(theirs, axis=0) + 1e-9
     assert (ours > np.min(theirs, axis=0) - margin).all()
     assert (ours < np.max(theirs, axis=0) + margin).all()
+    if env.task.target_size:
+        radii = np.hypot(*np.transpose(ours)[-2:])
+        assert 0.05 <= radii.min() and radii.max() <= 0.2
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -449,8 +451,6 @@ BOUNDS = {
     "di_inv": 1,
     "ode": 20,
     "cartpole_inv": [INF, 1, 1, INF, INF],
-    "cheetah_inv": INF,
-    "reacher_hard_inv": INF,
     "ball_in_cup": INF,
     "walker": [INF] + [1] * 14 + [INF] * 9,
     "walker_gym": [INF] * 8 + [10] * 9,
@@ -627,18 +627,20 @@ def test_bad_values_of_vector_environments_are_refused():
 
 
 def test_bad_values_of_wrappers_are_refused():
-    env, pendulum = make("di_inv"), gymnasium.make("Pendulum-v1")
-    with refused("range of mass (0.3, -0.8): must go up"):
-        RandomContext(env, {"mass": (0.3, -0.8)})
-    with refused("mass=0.0: must be above 0"):
-        RandomContext(env, {"mass": (0, 0.8)})
-    with refused("range of mass 0.5: must be 2 finite numbers"):
-        RandomContext(env, {"mass": 0.5})
+    env = make("di_inv")
+    ranges = [
+        ((0.3, -0.8), "range of mass (0.3, -0.8): must go up"),
+        ((0, 0.8), "mass=0.0: must be above 0"),
+        (0.5, "range of mass 0.5: must be 2 finite numbers"),
+    ]
+    for ends, text in ranges:
+        with refused(text):
+            RandomContext(env, {"mass": ends})
     with refused("swap=0.5: must be one"):
         RandomContext(make("di_perm"), {"swap": (0, 1)})
     for wrapper in (RandomContext, AddContext):
         with refused("must be an environment of aib_envs"):
-            wrapper(pendulum)
+            wrapper(gymnasium.make("Pendulum-v1"))
     with refused("needs a key, as it has not one axis"):
         AddContext(gymnasium.wrappers.FrameStackObservation(env, 4))
     with refused("signs [1, 2, 3]: must be 2 finite numbers"):
@@ -807,23 +809,6 @@ def test_a_vector_wrapper_of_gymnasium_works():
         envs.step(np.zeros((3, 1)))  # begins the next episode
 
 
-def test_vector_steps_are_much_faster_than_gymnasium_s():
-    """In processor time, the best of five tries. They are about three times as fast."""
-
-    def seconds(envs):
-        envs.reset(seed=0)
-        begin = time.process_time()
-        for _ in range(40):
-            envs.step(np.zeros((20, 1), np.float32))
-        return time.process_time() - begin
-
-    contexts = context_sets("cartpole_inv")["train"]
-    sync = sync_vec("cartpole_inv", contexts)
-    ours = make_vec("cartpole_inv", 20, contexts=contexts)
-    slow, fast = np.min([[seconds(sync), seconds(ours)] for _ in range(5)], axis=0)
-    assert slow > 2 * fast
-
-
 # --------------------------------------------------------------------------------------------------
 # Wrappers, and other people's agents
 # --------------------------------------------------------------------------------------------------
@@ -922,7 +907,6 @@ def test_stable_baselines3_trains(told):
     if told:
         env = AddContext(env)
     model = sb3.SAC("MlpPolicy", env, learning_starts=20, batch_size=8, seed=0).learn(30)
-    assert model.num_timesteps == 30
     assert np.isfinite(model.predict(env.reset()[0])[0]).all()
 
 
