@@ -11,7 +11,7 @@ import itertools
 import operator
 
 import numpy as np
-from matplotlib.figure import Figure
+from figures import Figure
 from runs import group
 
 OURS = "DMA*-SH"

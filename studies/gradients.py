@@ -167,7 +167,7 @@ def figure(runs):
     Cosines have a band of a standard deviation over updates.
     """
     from compare_figures import style
-    from matplotlib.figure import Figure
+    from figures import Figure
 
     figure = Figure(figsize=(15, 6.4), layout="constrained")
     for ax, name in zip(figure.subplots(2, 4, sharex=True).flat, PANELS):

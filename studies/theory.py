@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from matplotlib.figure import Figure
+from figures import Figure
 from mutual_information import variability
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 
