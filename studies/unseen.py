@@ -1,7 +1,6 @@
 """Does a method act well where a discontinuous context is new? How far beyond its ranges?
 
     python studies/unseen.py --env di_signs_without_pm --method concat --quick    one run
-    python studies/unseen.py plan --seeds 11-13 --quick                  the commands of all runs
     python studies/unseen.py report RUNS... --out results/unseen         what they came to
     python studies/unseen.py beyond RUN... --out results/beyond          a minute a run on cartpole
 
@@ -16,17 +15,15 @@ command line is that of dmash.py, with four environments more: di_signs_without_
 
 RUNS are run folders, folders of these, or a folder with tables (results). `report` prints the mean
 return by method, over pairs and seeds, with its 95 % interval. unseen.csv has a row for each run,
-and unseen.png shows them all. Figures need matplotlib.
+and unseen.png (by matplotlib) shows them all.
 
 `beyond` varies one context value after the other, for each sign: from a quarter of the lower to
 four times the upper extrapolation limit. A sign's strength goes from 0 to twice the trained one.
 All else has its default, and what an actuator gets is clipped to [-1, 1]. The program prints means
-by range. beyond_<env>.csv has all returns, and beyond_<env>.png shows them.
+by range. beyond_<env>.csv has all returns.
 """
 
 import argparse
-import contextlib
-import io
 import sys
 from dataclasses import asdict
 from itertools import cycle, product
@@ -36,14 +33,13 @@ from unittest import mock
 import compare
 import numpy as np
 import runs as reader
-from matplotlib.figure import Figure
+from figures import Figure
 from runs import group
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-METHODS = ["dma_star_sh", "dma_star", "concat", "da", "dr"]
 LEFT_OUT = {
     "di_signs_without_pp": (1.0, 1.0),
     "di_signs_without_pm": (1.0, -1.0),
@@ -82,31 +78,18 @@ def context_sets(env_id, n=20, seed=0):
     }
 
 
-def plan(seeds, given):
-    """Prints a command for each run."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        compare.plan(LEFT_OUT, METHODS, seeds, given)
-    print(text.getvalue().replace("python dmash.py", "python studies/unseen.py"), end="")
-
-
 def labels_of(settings):
-    """A label for each dict of settings, with the values in which they differ.
-
-    The mask is told where it differs between runs of one method.
-    """
-
-    def differs(name, part):
-        return len({str(one.get(name)) for one in part}) > 1
-
-    told = [name for name in settings[0] if name not in NO_SETTINGS and differs(name, settings)]
+    """A label for each dict of settings, with the values in which runs of one method differ."""
+    told = []
     of_methods = group(settings, lambda one: one["method"]).values()
-    if "mask" in told and not any(differs("mask", part) for part in of_methods):
-        told.remove("mask")
+    for name in settings[0]:
+        values = [{str(one.get(name)) for one in part} for part in of_methods]
+        if name not in NO_SETTINGS and max(map(len, values)) > 1:
+            told.append(name)
     labels = []
     for one in settings:
-        values = [f"{name} {one.get(name)}" for name in told]
-        labels.append(", ".join([reader.paper_name(one["method"]), *values]))
+        words = [f"{name} {one.get(name)}" for name in told]
+        labels.append(", ".join([reader.paper_name(one["method"]), *words]))
     return labels
 
 
@@ -135,7 +118,8 @@ def report(places, out):
         lines.append(cells)
     head = ["method", "runs", "pairs left out", "three pairs: train", "eval_in"]
     print(compare.table([*head, "the pair left out: eval_out"], lines), end="")
-    write(out, "unseen", table, draw_report(by_label))
+    write(out / "unseen.csv", table)
+    draw_report(by_label).savefig(out / "unseen.png", dpi=110)
 
 
 def draw_report(by_label):
@@ -198,8 +182,7 @@ def where(dim, value):
 
 
 def means(rows, key):
-    of = group(rows, key)
-    return {name: np.mean([row["return"] for row in group]) for name, group in of.items()}
+    return {name: np.mean([row["return"] for row in of]) for name, of in group(rows, key).items()}
 
 
 def evaluated(paths):
@@ -222,7 +205,7 @@ def evaluated(paths):
 
 
 def beyond(paths, out):
-    """Evaluates the policies, prints a table for each panel, and writes returns and figures."""
+    """Evaluates the policies, prints a table for each panel, and writes the returns."""
     for env, rows in evaluated(paths).items():
         dims = {dim.name: dim for dim in aib_envs.lookup(env).context}
         for title, panel in group(rows, lambda row: row["panel"]).items():
@@ -236,62 +219,26 @@ def beyond(paths, out):
             table = compare.table(["method", "seeds", *names], lines)
             print(f"\n{env}: {title}\n\n{table}", end="")
         name = env.replace(":", ".").replace("/", ".")
-        write(out, f"beyond_{name}", rows, draw_beyond(env, dims, rows))
-
-
-def draw_beyond(env, dims, rows):
-    """Return against what varies, mean over runs. Dark: trained on; light: extrapolation range."""
-    panels = group(rows, lambda row: row["panel"])
-    figure = Figure(figsize=(1 + 4.3 * len(panels), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (title, panel) in zip(axes, panels.items()):
-        dim = dims[panel[0]["varied"]]
-        for method, of in group(panel, lambda row: row["method"]).items():
-            curve = means(of, lambda row: row[dim.name])
-            ax.plot(list(curve), list(curve.values()), ".-", label=method)
-        ax.set(title=title, xlabel=dim.name)
-        if dim.binary:
-            for sign in dim.train:
-                ax.axvline(sign, color="0.84", linewidth=6, zorder=0)
-        else:
-            ax.axvspan(*dim.extrapolation, color="0.93", zorder=0)
-            ax.axvspan(*dim.train, color="0.84", zorder=0)
-            if dim.extrapolation[0] > 0:
-                ax.set_xscale("log")
-    axes[0].set_ylabel("return")
-    axes[0].legend()
-    figure.suptitle(f"{env}. Dark: trained on; light: the paper's extrapolation range")
-    return figure
+        write(out / f"beyond_{name}.csv", rows)
 
 
 # ---- Files and command line ---------------------------------------------------------------------
 
 
-def write(out, name, rows, figure):
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.csv").write_text(dmash.csv_text(rows))
-    figure.savefig(out / f"{name}.png", dpi=110)
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dmash.csv_text(rows))
 
 
 def run_command(argv):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = dmash.Parser("unseen.py", description=__doc__, formatter_class=layout)
-    metavar = "plan | report | beyond | --env ENV"
-    modes = parser.add_subparsers(dest="mode", required=True, metavar=metavar)
-    modes.add_parser("plan", allow_abbrev=False).add_argument("--seeds", nargs="+", required=True)
-    for name in ("report", "beyond"):
-        mode = modes.add_parser(name)
-        mode.add_argument("places", nargs="+", metavar="RUN")
-        mode.add_argument("--out", type=Path, required=True)
-    args, given = parser.parse_known_args(argv)
-    if args.mode == "plan":
-        plan(args.seeds, given)
-    elif given:
-        raise dmash.BadInput(f"unrecognized arguments: {' '.join(given)}")
-    elif args.mode == "report":
-        report(args.places, args.out)
-    else:
-        beyond(args.places, args.out)
+    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = dmash.Parser("unseen.py", description=__doc__, **layout)
+    modes = {"report": report, "beyond": beyond}
+    parser.add_argument("mode", choices=modes)
+    parser.add_argument("places", nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    modes[args.mode](args.places, args.out)
 
 
 @mock.patch.dict(aib_envs.ENVS, dict.fromkeys(LEFT_OUT, aib_envs.ENVS["di_signs"]))
@@ -299,8 +246,7 @@ def run_command(argv):
 def main(argv=None):
     """The command line. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    of_dmash = [word.startswith(("--env", "--resume", "--eval")) for word in argv]
-    if any(of_dmash) and argv[0] not in ("plan", "report", "beyond"):
+    if argv and argv[0].startswith("--") and argv[0] != "--help":
         return dmash.main(argv)
     return dmash.exit_status("unseen.py", lambda: run_command(argv))
 
