@@ -1,21 +1,19 @@
 """What does an agent do when its motor is reversed under way? A film, contexts side by side.
 
-    python studies/film.py RUN [--out FILE.gif] [--contexts length=.5,action_factor=-1 ...]
-                               [--seconds N]
+    python studies/film.py RUN [--out FILE.gif]
 
-RUN is a run folder or a policy file. In each context (default: both modes, all else at its default)
+RUN is a run folder or a policy file. In each of two contexts (both modes, all else at its default)
 the agent begins an episode as in an evaluation: its window is full of transitions of that context.
-Half way the context becomes its mirror image, which has the other sign or swap. Where there is
-none, it has the other end of the first context's train range. Body and window stay, and no weight
-changes.
+Half way each context becomes the other one. Where there are no modes, these are the two ends of the
+first context's train range. Body and window stay, and no weight changes.
 
 The last column begins like the first, but from the switch on ω stays what it was just before. The
 agent goes on to infer z, and does not use it. So one sees what inferring is good for.
 
 Poles start tilted and are pushed now and then (START, PUSH), since a pole that is left alone stays
 upright for long. Below each picture are the code z (eight numbers over time, if the agent infers
-one), the action, and the return so far. The program prints the return before and after the switch.
-It needs matplotlib and half a minute.
+one), the action, and the return so far. The film has 400 steps, or a shorter episode. The program
+prints the return before and after the switch. It needs matplotlib and half a minute.
 """
 
 import argparse
@@ -26,16 +24,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from adaptation import mirrored, mirrored_dim, switch
+from figures import Figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
-from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 
-FRAMES = 200  # of a film at most
+STEPS = 400  # of a film at most
+FRAMES = 200  # at most
 FPS = 25
 HOLD = 1500  # ms of the last frame
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # of modes, in the order they appear
@@ -294,18 +293,12 @@ def stride(T):
 # ---- Command line -------------------------------------------------------------------------------
 
 
-def contexts_from(texts, env_id):
-    """Contexts from words such as length=.5,action_factor=-1; default: both modes."""
+def both_contexts(env_id):
+    """Both modes; or without modes, both ends of the first context's train range."""
     dim = mirrored_dim(env_id)
-    if texts is None:
-        first = aib_envs.full_context(env_id, {} if dim.binary else {dim.name: dim.train[0]})
-        return [first, mirrored(env_id, first)]
-    contexts = []
-    for text in texts:
-        pairs = [word.partition("=") for word in text.split(",")]
-        values = {name: float(value) for name, _, value in pairs}
-        contexts.append(aib_envs.full_context(env_id, values))
-    return contexts
+    value = dim.default if dim.binary else dim.train[0]
+    first = aib_envs.full_context(env_id, {dim.name: value})
+    return [first, mirrored(env_id, first)]
 
 
 def run_command(args):
@@ -316,22 +309,14 @@ def run_command(args):
     if path.suffix != ".gif":
         raise dmash.BadInput(f"--out {path}: must end in .gif")
     cfg, agent = dmash.load_policy(run)
-    try:
-        contexts = contexts_from(args.contexts, cfg.env)
-        for context in contexts:
-            aib_envs.full_context(cfg.env, mirrored(cfg.env, context))
-    except ValueError as error:
-        message = f"{run}, --contexts {args.contexts}: {dmash.one_line(error)}"
-        raise dmash.BadInput(message) from None
-    notes = [""] * len(contexts)
+    contexts = both_contexts(cfg.env)
+    notes = ["", ""]
     if agent.g is not None:
         contexts.append(contexts[0])
         notes.append(", ω frozen")
     spec = aib_envs.lookup(cfg.env)
     dt = spec.cls(contexts).dt
-    longest = round(spec.horizon * dt, 6)
-    seconds = min(400 * dt, longest) if args.seconds is None else args.seconds
-    steps = round(dmash.number("--seconds", seconds, float, 2 * dt, longest) / dt)
+    steps = min(STEPS, spec.horizon)
     path.parent.mkdir(parents=True, exist_ok=True)
 
     film = shoot(agent, contexts, steps, freeze=agent.g is not None)
@@ -351,9 +336,6 @@ def main(argv=None):
     parser = dmash.Parser("film.py", description=__doc__, **layout)
     parser.add_argument("run", metavar="RUN", help="run folder or policy file")
     parser.add_argument("--out", metavar="FILE.gif", help="default: film.gif beside the policy")
-    help = "default: both modes"
-    parser.add_argument("--contexts", nargs="+", metavar="NAME=VALUE,...", help=help)
-    parser.add_argument("--seconds", help="of simulated time (400 steps, or the whole episode)")
     return dmash.exit_status("film.py", lambda: run_command(parser.parse_args(argv)))
 
 
