@@ -19,9 +19,8 @@ context (concat, da) or nothing (dr) read no window. They are the controls.
 
 Each run prints a line. adaptation.csv has rows by mode, which after a switch is the new one. A row
 has the mean reward of rollout and reference, the return lost against the reference, and the steps
-until the reward (mean over ten steps) stays at 95 % of the reference's, inf if it does not.
-adaptation.png shows all (by matplotlib). On one CPU core a run of cartpole_inv takes about 25
-seconds.
+until the reward (mean over ten steps) stays at 95 % of the reference's, inf if it does not. On one
+CPU core a run of cartpole_inv takes about 25 seconds.
 """
 
 import argparse
@@ -31,8 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from runs import distinct, group
+from runs import distinct
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import aib_envs  # noqa: E402
@@ -131,11 +129,7 @@ def steps_to(curve, reference):
 
 
 def study(agent, rollouts):
-    """Rows of adaptation.csv, and the curves.
-
-    Curves are by question, and for `window` by k: the mean rewards over time of the rollouts and of
-    their reference, (T // 2,) each.
-    """
+    """Rows of adaptation.csv."""
     cfg, reads = agent.cfg, agent.g is not None
     contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
     dim = mirrored_dim(cfg.env)
@@ -155,9 +149,8 @@ def study(agent, rollouts):
         pairs["window", k] = rewards(agent, contexts, rollouts, keep=k), full
     pairs["window", cfg.K] = full, full
 
-    rows, curves = [], {}
+    rows = []
     for (question, k), (found, reference) in pairs.items():
-        curves[question, k] = found.mean(1), reference.mean(1)
         values = after if question == "switch" else before
         modes = {"all": np.full(len(values), True)}
         for value in dim.train:
@@ -172,7 +165,7 @@ def study(agent, rollouts):
             row["lost"] = float((ref - mean).sum())
             row["steps"] = "" if question == "window" else steps_to(mean, ref)
             rows.append(row)
-    return rows, curves
+    return rows
 
 
 def summary(rows):
@@ -184,39 +177,6 @@ def summary(rows):
     by_k = "  ".join(f"{row['k']}: {row['reward']:.3f}" for row in windows)
     parts.append(f"reward by k  {by_k}")
     return f"{start['method']}, seed {start['seed']}: {'; '.join(parts)}"
-
-
-# ---- Picture ------------------------------------------------------------------------------------
-
-
-def draw(env_id, found):
-    """The figure of `found`, a list of label and curves. Of several runs of a label, the mean."""
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    start, switched, windows = figure.subplots(1, 3)
-    switched.sharey(start)
-    ticks = set()
-    for label, runs in group(found, lambda item: item[0]).items():
-        means = {}  # of rollouts and reference, (2, T // 2) each
-        for key in runs[0][1]:
-            means[key] = np.mean([curves[key] for _, curves in runs], 0)
-        for panel, question in ((start, "start"), (switched, "switch")):
-            curve, reference = means[question, ""]
-            panel.plot(smooth(curve - reference), label=label)
-        ks = [k for question, k in means if question == "window"]
-        windows.plot(ks, [means["window", k][0].mean() for k in ks], "o-")
-        ticks.update(ks)
-    start.set(title="begun with an empty window", xlabel="steps since the start of the episode")
-    switched.set(title="context switched in mid-episode", xlabel="steps since the switch")
-    for panel in (start, switched):
-        panel.set_ylabel("reward less the reference's, per step")
-    windows.set(title="with a short window", xlabel="k, transitions kept of the last K")
-    windows.set_ylabel("reward per step")
-    windows.set_xscale("symlog", base=2, linthresh=2)
-    windows.set_xticks(sorted(ticks), sorted(ticks))
-    windows.minorticks_off()
-    figure.suptitle(f"{env_id}: what an agent loses while its window does not tell the context")
-    figure.legend(*start.get_legend_handles_labels(), loc="outside lower center", ncols=8)
-    return figure
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -231,14 +191,12 @@ def run_command(args):
         raise dmash.BadInput(f"{', '.join(each)}: must be of one environment")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows, found = [], []
+    rows = []
     for agent in agents:
-        of_run, curves = study(agent, rollouts)
+        of_run = study(agent, rollouts)
         print(summary(of_run), flush=True)
         rows += of_run
-        found.append((f"{agent.cfg.method}, K {agent.cfg.K}", curves))
     (out / "adaptation.csv").write_text(dmash.csv_text(rows))
-    draw(agents[0].cfg.env, found).savefig(out / "adaptation.png", dpi=110)
 
 
 def main(argv=None):

@@ -112,13 +112,12 @@ def test_steps_to_counts_until_the_moving_mean_stays_at_95_percent(found, expect
 # ---- The program --------------------------------------------------------------------------------
 
 
-def test_a_table_and_a_figure_in_which_the_controls_lose_nothing(tmp_path, capsys):
+def test_a_table_in_which_the_controls_lose_nothing(tmp_path, capsys):
     out = tmp_path / "out"
     runs = [str(save_untrained(tmp_path, method)) for method in ("dma_star_sh", "dr", "concat")]
     assert adaptation.main([*runs, "--out", str(out)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
     rows = list(csv.DictReader((out / "adaptation.csv").read_text().splitlines()))
-    assert (out / "adaptation.png").stat().st_size > 10_000
     assert {row["mode"] for row in rows} == {"all", "action_factor=-1", "action_factor=1"}
     ks = [row["k"] for row in rows if row["method"] == "dma_star_sh" and row["mode"] == "all"]
     assert ks == ["", "", "0", "2", "4", "8", "16", "24"]
@@ -138,7 +137,7 @@ def test_an_environment_without_modes_goes_between_the_ends(monkeypatch):
         return np.ones((250, len(contexts) * rollouts))
 
     monkeypatch.setattr(adaptation, "rewards", rewards)
-    rows, _ = adaptation.study(untrained("dr", "walker"), rollouts=2)
+    rows = adaptation.study(untrained("dr", "walker"), rollouts=2)
     ends = [4.91, 14.71] * 2 + [14.71, 4.91] * 2  # as many as trained on
     assert all(gravities == pytest.approx(ends) for gravities in seen)
     assert {row["mode"] for row in rows} == {"all", "gravity=4.91", "gravity=14.71"}
