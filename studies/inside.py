@@ -5,11 +5,10 @@
     python studies/inside.py runs/<run>/policies/5000.pt            a policy of that step
 
 A run takes a minute or two at K = 128, seconds at K = 24. The program prints the main numbers of
-each run and writes into --out (figures by matplotlib):
+each run and writes into --out (the figure by matplotlib):
 
     inside.csv            run, env, method, seed, step, set, quantity, context, other, value
     <run>_codes.png       cosines of mean codes; codes in the plane of two principal components
-    <run>_adapter.png     mean action under ω of each context; returns with ω of another context
 
 S is the mode (the binary contexts), U the continuous contexts, C both. z is the code of evaluation,
 without masks. These are the quantities:
@@ -68,6 +67,8 @@ class Space:
         self.names = [dim.name for dim in self.continuous]
         modes = itertools.product(*[dim.train for dim in self.binary])
         self.modes = [dict(zip([dim.name for dim in self.binary], mode)) for mode in modes]
+        if not self.continuous:
+            raise dmash.BadInput(f"{env}: has no continuous context, which this program needs")
         self.first = self.continuous[0]
         low, high = self.first.train
         self.few = self.mesh(PAPER.get(self.first.name, (low, (low + high) / 2, high)))
@@ -175,33 +176,27 @@ def information(agent, space, which, n):
     return found, contexts, codes
 
 
-def mean_actions(agent, space):
-    """Mean actions under ω of contexts all over the extrapolation range of the first dimension.
-
-    Returns the values (n,) of that dimension, actions (modes, n, states, d_a) averaged over
-    windows, and states (states, d_s) of the warm-ups. {"undone": cosine} is empty without two
-    modes.
-    """
+def undone(agent, space):
+    """{"undone": cosine of the policy's mean actions in two modes}, empty without two modes."""
+    if len(space.modes) != 2:
+        return {}
     values = np.linspace(*space.first.extrapolation, 40)
     rollout = rollout_in(agent, space.mesh(values.repeat(EPISODES)), 2)
     replay = rollout.replay
     with torch.no_grad():
         _, omega = agent.infer(replay.latest(False), False, replay.c)
-    visited = replay.rows[..., : replay.d_s].flatten(0, 1)
+    visited = replay.rows[..., : replay.d_s].flatten(0, 1)  # in the warm-ups
     rng = np.random.default_rng(agent.cfg.seed)
     s = visited[rng.choice(len(visited), 100, replace=False)]
     a = agent.act(s.repeat(rollout.envs.N, 1), omega, False)  # each row of omega serves all of s
-    a = a.cpu().numpy().reshape(len(space.modes), len(values), EPISODES, len(s), -1)
-    found = {}
-    if len(space.modes) == 2:
-        low, high = space.first.train
-        one, other = a[:, (low <= values) & (values <= high)]
-        if space.binary[0].name == "swap":
-            other = other[..., [1, 0, *range(2, other.shape[-1])]]
-        else:
-            other = -other
-        found["undone"] = (one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum())
-    return values, a.mean(2), s.cpu().numpy(), found
+    a = a.cpu().numpy().reshape(2, len(values), EPISODES, len(s), -1)
+    low, high = space.first.train
+    one, other = a[:, (low <= values) & (values <= high)]
+    if space.binary[0].name == "swap":
+        other = other[..., [1, 0, *range(2, other.shape[-1])]]
+    else:
+        other = -other
+    return {"undone": (one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum())}
 
 
 def cross_table(agent, contexts):
@@ -280,11 +275,11 @@ def matrix_rows(step, quantity, matrix, space):
 
 
 def look(path, agent, space, windows):
-    """The rows of a run, and its figures by their kinds."""
+    """The rows of a run, and the figure of its codes, if it has any."""
     step = agent.step
     few = space.few
     rows = []
-    figures = {}
+    figure = None
     for which, value in returns_beside(path, step).items():
         rows += rows_of(step, which, {"return": value})
     if agent.g is not None:
@@ -297,9 +292,8 @@ def look(path, agent, space, windows):
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         cosines = mean @ mean.T
         rows += matrix_rows(step, "cosine", cosines, space)
-        figures["codes"] = inside_figures.codes(space, cosines, samples)
-    values, a, s, found = mean_actions(agent, space)
-    rows += rows_of(step, "", found)
+        figure = inside_figures.codes(space, cosines, samples)
+    rows += rows_of(step, "", undone(agent, space))
     returns, own = cross_table(agent, few)
     cells = returns.mean(-1)
     means = {
@@ -308,13 +302,12 @@ def look(path, agent, space, windows):
         "return, best": with_best(returns),
     }
     rows += rows_of(step, "", means) + matrix_rows(step, "return", cells, space)
-    figures["adapter"] = inside_figures.adapter(space, values, a, s, cells)
     if agent.g is not None and (path / "policies").is_dir():
         for file in sorted((path / "policies").glob("*.pt"), key=lambda file: int(file.stem)):
             _, agent = dmash.load_policy(file)
             found, _, _ = information(agent, space, "train", max(windows // 4, 100))
             rows += rows_of(agent.step, "snapshot", variability(agent, space, "train") | found)
-    return rows, figures
+    return rows, figure
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -343,7 +336,7 @@ def run_command(args):
     rows = []
     for name, (path, agent, space) in runs.items():
         cfg = agent.cfg
-        found, figures = look(path, agent, space, windows)
+        found, figure = look(path, agent, space, windows)
         print(f"{name}, step {agent.step:,}")
         for row in found:
             rows.append(dict(zip(HEAD, (name, cfg.env, cfg.method, cfg.seed, *row))))
@@ -351,9 +344,9 @@ def run_command(args):
             if not context and which in ("", "train"):
                 print(f"  {quantity:<20} {value:10.4g}", flush=True)
         (args.out / "inside.csv").write_text(dmash.csv_text(rows))
-        for kind, figure in figures.items():
+        if figure is not None:
             figure.suptitle(name, parse_math=False)
-            figure.savefig(args.out / f"{name}_{kind}.png", dpi=100)
+            figure.savefig(args.out / f"{name}_codes.png", dpi=100)
 
 
 def main(argv=None):

@@ -1,8 +1,10 @@
 """Tests of studies/inside.py and its estimators."""
 
 import csv
+import dataclasses
 import itertools
 import math
+import runpy
 import sys
 from pathlib import Path
 
@@ -164,9 +166,7 @@ def test_undone_is_one_where_the_policy_undoes_the_mode(env, undoing):
         return torch.where(second, a, other)
 
     agent.act = act
-    values, a, s, found = inside.mean_actions(agent, inside.Space(env))
-    expected = np.clip(s[:, :2], -0.9, 0.9)
-    assert a[1] == pytest.approx(np.stack([expected] * len(values)), abs=1e-6)
+    found = inside.undone(agent, inside.Space(env))
     assert (found["undone"] > 1 - 1e-6) == undoing
 
 
@@ -218,8 +218,7 @@ def test_all_files_are_written(tmp_path, rows_of):
         torch.save(policy, ours / "policies" / f"{step}.pt")
     (ours / "metrics.csv").write_text("step,train,eval_in,eval_out\n0,1,2,3\n20,4,5,6\n")
     rows = rows_of(ours, da)
-    figures = [f"{ours.name}_{kind}.png" for kind in ("codes", "adapter")]
-    names = {"inside.csv", f"{da.name}_adapter.png", *figures}
+    names = {"inside.csv", f"{ours.name}_codes.png"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     values = {}
     for row in rows:
@@ -258,9 +257,25 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert names == [folder.name, f"{folder.name}__2", f"{folder.name}__100"]
 
 
-def test_refusals_are_one_line(tmp_path, capsys):
+def test_refusals_are_one_line(tmp_path, monkeypatch, capsys):
     ours = save_untrained(tmp_path, "dma_star_sh")
-    assert "required: RUN" in refusal(inside, [], capsys)
     assert "nowhere: must be a policy file" in refusal(inside, [tmp_path / "nowhere"], capsys)
     assert "--windows 50: must be a whole" in refusal(inside, [ours, "--windows", 50], capsys)
     assert "policy.pt: File" in refusal(inside, [ours, "--out", ours / "policy.pt"], capsys)
+    signs = dataclasses.replace(aib_envs.ENVS["di_inv"], context=(aib_envs.SIGN_X,))
+    monkeypatch.setitem(aib_envs.ENVS, "di_inv", signs)
+    assert "di_inv: has no continuous context" in refusal(inside, [ours], capsys)
+
+
+@pytest.mark.parametrize("study", ["film", "inside", "theory", "unseen"])
+def test_without_matplotlib_a_study_says_what_it_needs(study, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for module in ("figures", "inside_figures"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    program = ROOT / "studies" / f"{study}.py"
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(program), run_name="__main__")
+    assert exit.value.code == 2
+    needs = "error: needs matplotlib (pip install matplotlib)"
+    assert capsys.readouterr().err == f"{study}.py: {needs}\n"
