@@ -124,17 +124,11 @@ def test_against_runs_the_code_of_the_other_folder(capfd, tmp_path):
     assert "its code does not run" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("--method dma_star_shh", "unknown method 'dma_star_shh'"),
-        ("--steps 5", "unrecognized arguments: --steps 5"),
-        ("--methods --against .", "not allowed with argument"),
-        ("--against nowhere", "--against nowhere: no dmash.py there"),
-    ],
-)
-def test_bad_input_is_one_line(words, message, capsys):
-    assert message in refusal(benchmark, words.split(), capsys)
+def test_bad_input_is_one_line(capsys):
+    said = refusal(benchmark, ["--method", "dma_star_shh"], capsys)
+    assert "unknown method 'dma_star_shh'" in said
+    said = refusal(benchmark, ["--against", "nowhere"], capsys)
+    assert "--against nowhere: no dmash.py there" in said
 
 
 def test_benchmark_runs_from_any_folder_without_installing(tmp_path):

@@ -330,10 +330,6 @@ def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(words, run, tmp_p
         assert torch.equal(weight, weights[name]), name
 
 
-def test_help_tells_each_departure():
-    assert set(departures.DEPARTURES) <= set(departures.__doc__.split())
-
-
 @pytest.mark.parametrize(
     "words, message",
     [
