@@ -274,8 +274,8 @@ def test_without_matplotlib_a_study_says_what_it_needs(study, monkeypatch, capsy
         monkeypatch.delitem(sys.modules, module, raising=False)
     program = ROOT / "studies" / f"{study}.py"
     monkeypatch.setattr(sys, "argv", [str(program)])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(program), run_name="__main__")
-    assert exit.value.code == 2
+    assert stopped.value.code == 2
     needs = "error: needs matplotlib (pip install matplotlib)"
     assert capsys.readouterr().err == f"{study}.py: {needs}\n"

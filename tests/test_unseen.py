@@ -199,7 +199,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     make_run(tmp_path / "runs", "di_inv", "dr", 1, 60)
     for words, message in (
         ("repot", "invalid choice: 'repot'"),
-        (f"report {tmp_path} --out x", "no finished run of di_signs_without_pp, "),
+        (f"report {tmp_path}/runs --out x", "no finished run of di_signs_without_pp, "),
         ("beyond nowhere --out x", "nowhere: must be a policy file"),
     ):
         said = refusal(unseen, words.split(), capsys)
