@@ -1369,6 +1369,9 @@ def exit_status(program, command):
         message, status = error, 2
     except FloatingPointError as error:
         message, status = error, 1
+    except BrokenPipeError:  # the reader of our output has left: nothing to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         message, status = f"{error.filename or 'output'}: {error.strerror}", 2
     except Stopped as stopped:

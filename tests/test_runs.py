@@ -333,10 +333,12 @@ def test_an_environment_of_a_module_trains(tmp_path, monkeypatch, capsys):
     forget()
 
 
-def test_an_environment_of_gymnasium_resumes_with_a_new_episode(tmp_path):
-    """Its state cannot be saved."""
+def test_an_environment_of_gymnasium_resumes_with_a_new_episode(tmp_path, capsys):
     folder = stop(tmp_path, 6 + 10 + 4, env="gymnasium:Pendulum-v1", K=6)
+    capsys.readouterr()
     resume(folder)
+    told = "a new episode begins: the state of gymnasium:Pendulum-v1 cannot be saved"
+    assert capsys.readouterr().out.splitlines()[0] == told
     assert len(read(folder / "metrics.csv")) == 2
     assert checkpoint(folder)["t"] == 6 + 10 + 4 + 6 + 16
 
