@@ -139,4 +139,4 @@ def test_findings_are_those_of_the_tables(runs):
     for method in ("concat", "dma_star_sh"):
         ends = [r.last("mean") for r in departed if (r.env, r.method) == ("ode", method)]
         costs.append(round(mean(method, "ode", "mean") - fmean(ends)))
-    assert f"cost Concat {costs[0]} of 200 on `ode`, and DMA\\*-SH {costs[1]}." in README
+    assert f"cost Concat {costs[0]} of 200 on `ode`, and DMA\\*-SH {costs[1]}\n" in README
