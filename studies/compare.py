@@ -261,10 +261,7 @@ def speed(runs):
 def difference_row(title, arm, ours, others):
     row = [title, arm, f"{len(ours)}, {len(others)}"]
     for score in ("mean", "eval_out"):
-        if others is ours:
-            row += ["", ""]
-        else:
-            row += difference_cells(ours, others, score)
+        row += difference_cells(ours, others, score)
     return row
 
 
@@ -342,6 +339,7 @@ class Judged(NamedTuple):
     title: str
     better: list  # of runs
     worse: list
+    difference: float
     p: float  # nan: no test
     corrected: float  # Holm's p
     verdict: str
@@ -358,15 +356,15 @@ def judged(runs, score):
     corrected = iter(holm([p for p in ps if not math.isnan(p)]))
     result = []
     for (claim, title, better, worse), p in zip(claims, ps):
+        difference = scores(better, score).mean() - scores(worse, score).mean()
         if min(len(better), len(worse)) < FEWEST:
             end = math.nan, "too few seeds"
         elif math.isnan(p):
             end = math.nan, "too many seeds for an exact p"
         else:
-            difference = scores(better, score).mean() - scores(worse, score).mean()
             p_holm = next(corrected)
             end = p_holm, verdict(difference, p_holm)
-        result.append(Judged(claim, title, better, worse, p, *end))
+        result.append(Judged(claim, title, better, worse, difference, p, *end))
     return result
 
 
@@ -391,8 +389,8 @@ def claims_in_short(runs):
     for claim, of_claim in group(tested, lambda of: of.claim).items():
         cells = dict.fromkeys(titles, "–")
         for of in of_claim:
-            difference, _ = difference_cells(of.better, of.worse, "mean")
-            cells[of.title] = f"{difference.split(' [')[0]} ({p_text(of.corrected)})"
+            difference = figure(of.difference, digits_of(of.better[0].env), "+")
+            cells[of.title] = f"{difference} ({p_text(of.corrected)})"
         envs = group(of_claim, lambda of: of.verdict)
         verdicts = [f"{words} ({len(of)} of {len(of_claim)})" for words, of in envs.items()]
         rows.append([claim, *cells.values(), ", ".join(verdicts)])

@@ -320,7 +320,9 @@ def write_table(path, rows):
     data = dmash.csv_text(full).encode()
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
-    path.write_bytes(data)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)  # the whole table, or the old one
 
 
 def plain(value):
