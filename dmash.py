@@ -7,14 +7,15 @@ adapter. One loss trains encoder and hypernetwork: the dynamics model's predicti
 losses of policy and critics, ω is a constant. At evaluation nothing is trained (zero-shot).
 
 Axes, in every shape below: B samples, N contexts, K transitions in a window, L of them read. When
-acting there is one sample in each context, so B = N.
+acting there is one sample in each context, so B = N. Numbers in shapes are the default sizes.
 
     window of K past transitions (s, a, δs)
         │  τ (B, L, 2 d_s + d_a)      L = ⌊0.2 K⌋ of them
-        ▼                                                                         is trained by
-    encoder g_φ ── z (B, 8) ─▶ hypernetwork h_η ── ω ─┬─▶ dynamics model f_{θ,ω}  Eq. 1: φ, η, θ
-                                                      ├─▶ policy π_{ξ,ω}          policy loss: ξ
-                                                      └─▶ critics Q_{ζ,ω}         Bellman error: ζ
+        ▼
+    encoder g_φ ── z (B, 8) ─▶ hypernetwork h_η ── ω ─┬─▶ dynamics model f_{θ,ω}
+                                                      ├─▶ policy π_{ξ,ω}
+                                                      └─▶ critics Q_{ζ,ω}
+    dynamics loss (Eq. 1): trains φ, η, θ        policy loss: ξ        Bellman error: ζ
 
 Algorithm 2. α₁, α₂, α₃ are learning rates (of Adam), α is the temperature. ρ, which SAC calls τ, is
 the rate of the target critics. τ is here the part of the window that is read.
@@ -23,18 +24,17 @@ the rate of the target critics. τ is here the part of the window that is read.
     2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
     3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η}, the error of predicting δs                   (Eq. 1)
     4  ω ← stop-gradient(ω)                                                                (Eq. 2)
-    5  ζ ← ζ − α₂ ∇L_ζ, the error to r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
+    5  ζ ← ζ − α₂ ∇L_ζ, Q against the target r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
     6  every second step, twice: (ξ ← ξ − α₁ ∇L_ξ, SAC's policy loss; then the temperature α)
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
 
-Lines 3 to 7 use the batch and the ω of line 2: ω is not computed again after line 3.
-`Rollout.step` is line 1. `Replay.sample` samples. `Agent.update` is lines 2 to 7, line by line.
-`Run.gradient_step` calls these three: one step of all contexts, one batch, one update.
+Lines 3 to 6 of the algorithm use the ω of line 2: it is not computed again after line 3.
+`Rollout.step` is line 1, `Agent.update` is lines 2 to 7, and `Run.gradient_step` calls both.
 
-Every episode begins with a warm-up: K steps fill the window, then the environment is reset, the
-window stays, and the episode that counts begins. Training stores the transitions of warm-ups too.
-All methods do so, to see the same amount of data. A run begins with 5,000 random steps per context.
-What follows the line "The method ends here" starts, saves and draws runs. `--help` tells how.
+Every episode begins with a warm-up: K steps without updates fill the window, then the environment
+is reset and the window stays. Training stores these transitions too; evaluation does not count
+their rewards. Methods without an encoder have warm-ups as well, to see the same amount of data. A
+run begins with 5,000 random steps per context, warm-ups not counted. `--help` tells how to start.
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual
 RL under Discontinuous Shifts", arXiv 2602.06550. Equations and algorithms have its numbers.
@@ -87,7 +87,7 @@ class Config:
 
     env: str = option("cartpole_inv", "python aib_envs.py shows all; or module:id, or gymnasium:id")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
-    seed: int = option(1, "seed of everything random", 0, 2**32 - 1)
+    seed: int = option(1, "seed of networks, noise, batches and initial states", 0, 2**32 - 1)
     quick: bool = option(False, "learn in minutes: a tenth of the steps, and the settings of QUICK")
     steps: int = option(None, "gradient steps (default: by environment)", 1)
     out: str = option("runs", "folder for the run folder, <env>__<method>[__quick]__s<seed>")
@@ -100,7 +100,7 @@ class Config:
     contexts: int = option(20, "contexts in each of the sets train, eval_in and eval_out", 1, 1000)
     K: int = option(None, "past transitions in a window (default: by environment)", 1)
     subsample: float = option(0.2, "L / K, the share of the window that is read", 1e-6, 1)
-    mask: float = option(None, "probability of masking an input vector (default: by method)", 0, 1)
+    mask: float = option(None, "probability of masking s, a or δs (default: by method)", 0, 1)
     encoder_hidden: int = option(32, "width of the LSTM of the encoder g_φ", 1)
     d_z: int = option(8, "size of the code z", 1)
     hyper_hidden: int = option(64, "width of the hidden layers of the hypernetwork h_η", 1)
@@ -108,7 +108,7 @@ class Config:
     hidden: int = option(256, "width d_x of f, π and Q", 1)
     gamma: float = option(0.99, "γ, discount factor", 0, 1)
     polyak: float = option(0.005, "ρ, rate of the target critics' moving average", 1e-6, 1)
-    batch: int = option(256, "transitions in a batch, in fact a multiple of N (256: 240)", 1)
+    batch: int = option(256, "transitions in a batch, rounded down to a multiple of N", 1)
     dynamics_lr: float = option(3e-4, "α₃, learning rate of φ, η and θ", 1e-9, 1)
     critic_lr: float = option(1e-3, "α₂, learning rate of the critics", 1e-9, 1)
     actor_lr: float = option(3e-4, "α₁, learning rate of the policy", 1e-9, 1)
@@ -134,7 +134,7 @@ QUICK |= {"policy_average": 0.005, "eval_every": 1000}
 
 
 def subsample(B, K, L, noisy, device=None):
-    """Positions in the window of the L transitions that are read, (B, L).
+    """Which L of the K transitions in a window are read: their positions, (B, L).
 
     `noisy`, here and below, means: as in training. Then each sample has a random subset in random
     order, since a context does not depend on time. At evaluation: evenly spaced, oldest first.
@@ -218,7 +218,7 @@ class Omega(NamedTuple):
 
 
 class Hypernetwork(nn.Module):
-    """h_η: two hidden layers, then one linear head for each of the four tensors of ω."""
+    """h_η: two hidden layers, a linear head for each tensor of ω; PyTorch's initial weights."""
 
     def __init__(self, d_z=8, hidden=64, d_x=256, bottleneck=32):
         super().__init__()
@@ -235,7 +235,7 @@ class Hypernetwork(nn.Module):
 
 
 def adapter(x, omega):
-    """Eq. 3: g_adapter(x; ω) = W_up ReLU(W_down x + b_down) + b_up.
+    """The adapter of Eq. 3: g_adapter(x; ω) = W_up ReLU(W_down x + b_down) + b_up.
 
     x (M, B / M, 256) -> (M, B / M, 256): the block x[i] goes through adapter i.
     """
@@ -251,7 +251,7 @@ class Network(nn.Module):
 
     In DMA*-SH `omega` is ω. Other methods pass z (B, 8) or the true contexts c (N, d_c) in its
     place. `use`: "concat" joins it to the input, "adapter" makes the adapter of it, "none" ignores
-    it. Where ω is not shared, `make_own` makes a hypernetwork of this network, from z or c to ω.
+    it. Where ω is not shared, `make_own` makes this network's own hypernetwork, from z or c to ω.
     """
 
     def __init__(self, d_in, d_out, d_x=256, use="adapter", d_context=0, make_own=None):
@@ -267,7 +267,7 @@ class Network(nn.Module):
     def forward(self, inputs, omega):
         """inputs (B, d_in) -> (B, d_out)."""
         if self.use == "concat":
-            # z has a row for each sample. c has one for each context, by which samples are ordered.
+            # z has a row for each sample, c one for each context. Samples are ordered by context.
             context = omega.repeat_interleave(len(inputs) // len(omega), 0)  # (B, 8) or (B, d_c)
             inputs = torch.cat([inputs, context], -1)
         x = self.trunk(inputs)  # (B, 256), no activation yet
@@ -390,7 +390,7 @@ class Agent(nn.Module):
     def __init__(self, cfg, d_s, d_a, d_c):
         super().__init__()
         self.cfg, self.target_entropy = cfg, -float(d_a)  # SAC's rule of thumb
-        self.method = method = METHODS[cfg.method]
+        self.method = method = METHODS[cfg.method]  # a row of the table below
         d_context = {"z": cfg.d_z, "c": d_c, "none": 0}[method.context]
 
         def hypernetwork():
@@ -465,7 +465,7 @@ class Agent(nn.Module):
             loss = dynamics_loss(self.f, omega, batch)
             losses["dynamics_loss"] = loss.detach()
             if self.method.kl:
-                # DMA-Pearl alone, as in the published code: the gradient is of both factors.
+                # DMA-Pearl alone: a product, as in the published code. Neither factor is detached.
                 loss = loss * (1 + self.method.kl * self.g.kl)
             optimizers["dynamics"].zero_grad()
             loss.backward()
@@ -481,7 +481,7 @@ class Agent(nn.Module):
         loss.backward()
         optimizers["critic"].step()
 
-        # 6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, then the temperature
+        # 6  every second step, twice (as in CleanRL): ξ ← ξ − α₁ ∇L_ξ, then the temperature
         if step % 2 == 0:
             self.Q.requires_grad_(False)  # saves the time of a gradient for ζ, which is not used
             for _ in range(2):
@@ -516,11 +516,11 @@ class Method(NamedTuple):
     context: str  # z: inferred by the encoder; c: the true one; none
     rl: str  # what π and Q do with it: adapter, concat, none
     f: str  # what f does with it: adapter, concat; none: there is no f
-    hypernetwork: str  # shared: one, trained by Eq. 1; own: one in each network, trained with it
+    hypernetwork: str  # shared: one, trained by Eq. 1; own: one in each network, by its loss
     mask: float  # probability p of `mask_inputs`
     input_norm: bool  # AvgL1Norm in the encoder
     output_norm: bool  # SimNorm in the encoder
-    kl: float = 0.0  # β, weight of the KL term; above 0 the code is Gaussian
+    kl: float = 0.0  # β, weight of the KL factor; above 0 the code is Gaussian
 
 
 METHODS = {
@@ -544,7 +544,7 @@ METHODS = {
 class GaussianEncoder(ContextEncoder):
     """The encoder of DMA-Pearl, with the layer norms of the published code.
 
-    z is a sample of N(mean, variance). `kl` is KL(N(mean, variance) ‖ N(0, I)), a mean over all.
+    z is a sample of N(mean, variance). `kl` is its divergence from N(0, I), mean over B and d_z.
     """
 
     def __init__(self, d_s, d_a, d_z, *options):
@@ -567,11 +567,11 @@ class GaussianEncoder(ContextEncoder):
 
 
 class Replay:
-    """Transitions of N contexts that step together. Row t of the ring holds [s, a, δs, r] of all.
+    """Transitions of N contexts that step together. Row t of a ring holds [s, a, δs, r] of all.
 
     The window of transition t is rows t−K … t−1 of its context: past transitions only. It may reach
-    back over a reset, which keeps the context, and before the first transition, where the ring
-    holds zeros, as if masked. There is no terminal flag: no state is terminal.
+    back over a reset, which keeps the context. When acting begins, it reaches back before the first
+    transition, to zeros, as if masked. No state is terminal: episodes end by their time limit.
     """
 
     def __init__(self, c, capacity, d_s, d_a, K, L):
@@ -616,8 +616,8 @@ class Rollout:
     """Acts in all contexts at once. The last K transitions of its replay are the window.
 
     noisy: collects for training. Masks, subsets and actions are random. A number that is not finite
-    raises FloatingPointError. Otherwise: evaluates. Where a simulation diverges, zeros replace what
-    is not finite, and `diverged` says so until the next reset.
+    raises FloatingPointError. Not noisy: evaluates. Where a simulation diverges, zeros replace its
+    numbers, and `diverged` says so until the next reset.
     """
 
     def __init__(self, agent, envs, noisy, capacity=None):
@@ -682,9 +682,9 @@ class Rollout:
 def evaluate(agent, cfg, contexts, rollouts=1, seed=None):
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
-    Returns two arrays (contexts, rollouts): the returns, and which episodes diverged, which keep
-    the reward until then. `seed` (default: the run's) decides the initial states. The first rollout
-    does not depend on how many follow. Torch's generator is not used.
+    Returns two arrays (contexts, rollouts): the returns, and whether the episode diverged. Then its
+    return is the reward until there. `seed` (default: the run's) decides the initial states. The
+    first rollout does not depend on how many follow. Torch's generator is not used.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
     envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
@@ -715,7 +715,7 @@ class BadInput(ValueError):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM, whose number is the argument, stopped the run. All is saved."""
+    """Ctrl-C or SIGTERM, whose number is the argument, stopped the run. It can go on."""
 
 
 def complete(cfg):
@@ -805,7 +805,7 @@ class Run:
     """A run, and all that it must remember to go on as if it had never stopped.
 
     `Run.start` and `Run.resume` train it. A number that is not finite is a FloatingPointError. No
-    file is ever left half written, and all files follow from the checkpoint.
+    table, policy or checkpoint is left half written, and all are written from the checkpoint.
     """
 
     def __init__(self, cfg, folder):
@@ -846,7 +846,8 @@ class Run:
     def resume(cls, folder, steps=None, expected=None):
         """Trains on from the checkpoint in `folder`, to a larger number of `steps` if given.
 
-        `expected`, a Config (--go-on): BadInput if the run has other settings.
+        `expected`, a Config (--go-on): BadInput if the run has other settings than these. Steps,
+        out and threads may differ.
         """
         folder, path = Path(folder), Path(folder) / "checkpoint.pt"
         if not path.is_file():
@@ -875,7 +876,7 @@ class Run:
         return self.history[-1]["metrics"]["step"] if self.history else 0
 
     def train(self):
-        """Trains until the evaluation after `cfg.steps`, or until a signal, and saves."""
+        """Trains to `cfg.steps`, or until a signal. Evaluates and saves on the way."""
         cfg = self.cfg
         start = f"{self.folder}: step {self.step:,} of {cfg.steps:,}; threads: {cfg.threads}"
         print(start, flush=True)
@@ -1012,7 +1013,7 @@ class Run:
         if state.keys() != self.state_dict().keys():
             raise ValueError("written by another version of dmash.py")
         if state["version"] != self.version:
-            print(f"begun by version {state['version']!r}, goes on with {self.version!r}")
+            print(f"saved by version {state['version']!r}, goes on with {self.version!r}")
         for name in PLAIN[1:]:
             setattr(self, name, state[name])
         self.began -= state["seconds"]
@@ -1204,11 +1205,24 @@ def one_line(error):
     return lines[0][:200]
 
 
+def csv_text(rows):
+    """The text of a CSV file with a line for each dict; floats have 6 digits."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()])
+    return text.getvalue()
+
+
+# ---- A trained policy in other programs ----------------------------------------------------------
+
+
 def load_policy(path: str | Path, device: str = "cpu") -> tuple[Config, Agent]:
     """The Config and the trained Agent of a run folder or a policy file.
 
-    agent.step and agent.version say of when and by what code. BadInput names what cannot be read.
-    Leaves torch's generator alone.
+    agent.step and agent.version tell the step and the code that saved it. BadInput names what
+    cannot be read. Torch's generator stays as it is.
     """
     path = Path(path)
     if path.is_dir():
@@ -1276,16 +1290,6 @@ class Policy:
         if z is not None:
             self.z = z.cpu().numpy()
         return a.cpu().numpy().reshape(*np.shape(s)[:-1], -1)
-
-
-def csv_text(rows):
-    """Dicts with the same keys as the text of a CSV file; floats have 6 digits."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()])
-    return text.getvalue()
 
 
 # ---- Picture ------------------------------------------------------------------------------------
@@ -1358,8 +1362,8 @@ def build_parser():
 def exit_status(program, command):
     """Runs `command()`. Returns the exit status; an error is one line, with the program's name.
 
-    0: done. 2: bad input or an unusable file. 1: a number is not finite. 128 + n: stopped by
-    signal n.
+    0: done. 2: bad input or an unusable file. 1: a number is not finite, or nobody reads the
+    output. 128 + n: stopped by signal n.
     """
     try:
         command()

@@ -392,7 +392,7 @@ def test_a_run_goes_on_with_other_code_and_more_steps(folder, monkeypatch, capsy
     old = dmash.code_version()
     monkeypatch.setattr(dmash, "code_version", lambda: "other")
     resume(folder, "--steps", "25")
-    assert f"begun by version {old!r}, goes on with 'other'\n" in capsys.readouterr().out
+    assert f"saved by version {old!r}, goes on with 'other'\n" in capsys.readouterr().out
     config = config_of(folder)
     assert (config["version"], config["steps"]) == ("other", 25)
     assert column(read(folder / "metrics.csv"), "step") == [10, 20, 25]
