@@ -5,7 +5,6 @@ Stubs and bugs are planted in this process. Marking is tested on a small functio
 
 import ast
 import codeop
-import csv
 import dataclasses
 import os
 import re
@@ -250,13 +249,13 @@ def test_bugs_are_handed_out_without_their_names_and_without_tests(tmp_path, cap
 
 
 def test_a_seed_draws_the_same_bug_again_and_seeds_draw_many(tmp_path):
-    def draw(seed, folder):
-        make.make_bugs("random", folder, seed)
-        return make.read(folder)
+    def draw(seed, name):
+        make.make_bugs("random", tmp_path / name, seed)
+        return make.read(tmp_path / name)
 
-    once, again = [[draw(seed, tmp_path / f"{n} {seed}") for seed in range(10)] for n in range(2)]
-    assert once == again
-    assert len(set(once)) >= 4
+    drawn = [draw(seed, str(seed)) for seed in range(10)]
+    assert draw(3, "again") == drawn[3]
+    assert len(set(drawn)) >= 4
 
 
 # ---- Marks --------------------------------------------------------------------------------------
@@ -297,19 +296,14 @@ def inside(line):
 
 ANSWERS = [  # task, dmash.py, cases passed, how the reason begins
     ("double", inside("return x + x"), 2, ""),
-    ("double", inside("return x"), 1, "test_three"),
     ("double", inside("exit(0)"), 0, "test_zero"),
-    ("double", inside("__import__('os')._exit(0)"), 0, STOPPED),
     ("double", inside("__import__('ctypes').string_at(0)"), 0, STOPPED),
     ("double", inside("while True: __import__('time').sleep(1)"), 0, STOPPED),
     ("double", inside("raise KeyboardInterrupt"), 0, STOPPED),
-    ("double", inside("__import__('pytest').skip()"), 0, "names pytest"),
     ("double", b"def double(:", 0, "SyntaxError"),
-    ("double", "ä".encode("latin1"), 0, "UnicodeDecodeError"),
     ("double", b"x = 1", 0, "ValueError('double stands 0 times"),
     ("bug", b"\xef\xbb\xbf# no pytest\ntwo = 2\ndef double(x): return two * x", 2, ""),
     ("bug", b"1 / 0", 0, "test_dmash"),  # it cannot be imported
-    ("bug", b"import os; os._exit(0)", 0, STOPPED),
     ("bug", b"exit(0)", 0, ""),  # pytest's own name for it is the reason
     ("bug", b"import sys; sys.modules['test_dmash'] = None", 0, "names sys.modules"),
 ]
@@ -323,6 +317,14 @@ def test_what_a_student_hands_in_is_marked(task, text, passed, reason, teacher, 
     assert marked[1].startswith(reason)
 
 
+MARKS = f"""task,passed,points,folder,reason
+double,2 of 2,1,ann,
+double,1 of 2,0,bob,test_three
+double,0 of 2,0,eve,"{STOPPED}"
+double,0 of 2,0,gone,no dmash.py
+"""
+
+
 def test_a_class_is_marked_by_the_tests_of_the_teacher(teacher, tmp_path, monkeypatch, capsys):
     """One right, one wrong, and one that edits its tests and leaves with status 0."""
     cheat = "def double(x): __import__('os')._exit(0)"
@@ -331,19 +333,11 @@ def test_a_class_is_marked_by_the_tests_of_the_teacher(teacher, tmp_path, monkey
         (tmp_path / name / "dmash.py").write_text(text)
     (tmp_path / "eve" / "test_dmash.py").write_text("def test_three(): pass")
     monkeypatch.chdir(tmp_path)
-    table = [
-        ["task", "passed", "points", "folder", "reason"],
-        ["double", "2 of 2", "1", "ann", ""],
-        ["double", "1 of 2", "0", "bob", "test_three"],
-        ["double", "0 of 2", "0", "eve", STOPPED],
-        ["double", "0 of 2", "0", "gone", "no dmash.py"],
-    ]
     assert make.main(["mark", "ann", "bob", "eve", "gone", "--tasks", "double", "--csv"]) == 1
-    assert list(csv.reader(capsys.readouterr().out.splitlines())) == table
+    assert capsys.readouterr().out == MARKS
     assert make.main(["mark", "ann", "--tasks", "double", "bug"]) == 0
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    row = ["2", "of", "2", "1", "ann"]
-    assert printed == [table[0], ["double", *row], ["bug", *row]]
+    words = "task passed points folder reason double 2 of 2 1 ann bug 2 of 2 1 ann".split()
+    assert capsys.readouterr().out.split() == words
 
 
 def test_nobody_is_marked_by_tests_that_the_teacher_does_not_pass(teacher, tmp_path):
