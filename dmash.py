@@ -502,7 +502,6 @@ class Agent(nn.Module):
 
         # 7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
         move_towards(self.Q_target, self.Q, self.cfg.polyak)
-
         return losses | {"alpha": self.alpha}
 
 
@@ -615,9 +614,8 @@ class Replay:
 class Rollout:
     """Acts in all contexts at once. The last K transitions of its replay are the window.
 
-    noisy: collects for training. Masks, subsets and actions are random. A number that is not finite
-    raises FloatingPointError. Not noisy: evaluates. Where a simulation diverges, zeros replace its
-    numbers, and `diverged` says so until the next reset.
+    noisy: collects for training. A number that is not finite raises FloatingPointError. Not noisy:
+    evaluates. Zeros replace the numbers of a simulation that diverged, and `diverged` says so.
     """
 
     def __init__(self, agent, envs, noisy, capacity=None):
@@ -679,12 +677,14 @@ class Rollout:
         return torch.from_numpy(array).to(self.agent.cfg.device)
 
 
-def evaluate(agent, cfg, contexts, rollouts=1, seed=None):
+def evaluate(
+    agent: Agent, cfg: Config, contexts: list, rollouts: int = 1, seed: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
     Returns two arrays (contexts, rollouts): the returns, and whether the episode diverged. Then its
-    return is the reward until there. `seed` (default: the run's) decides the initial states. The
-    first rollout does not depend on how many follow. Torch's generator is not used.
+    return is the reward until there. `seed` (default: the run's) decides the initial states. How
+    many rollouts follow does not change the first. Torch's generator is not used.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
     envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
@@ -797,6 +797,8 @@ def new_agent(cfg):
 
 SETS = ("train", "eval_in", "eval_out")
 LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
+COLUMNS = ["step", "env_steps", "seconds", "steps_per_second", *LOSSES, *SETS]  # of metrics.csv
+COLUMNS += [f"diverged_{name}" for name in SETS]
 ACTING = ("g.", "h.", "pi.", "pi_average.")  # the weights in policy.pt
 PLAIN = ("version", "step", "history", "sums", "counts", "step_seconds")  # in the checkpoint as is
 
@@ -929,9 +931,12 @@ class Run:
         cfg = self.cfg
         due = self.step % cfg.eval_every == 0 or self.step == cfg.steps
         if due and self.step > self.evaluated:
+            write = print if tqdm is None else tqdm.write
+            if self.step == cfg.steps:
+                write(f"last evaluation: {cfg.rollouts} episodes in each context …")
+                sys.stdout.flush()
             self.evaluate()
             self.save()
-            write = print if tqdm is None else tqdm.write
             write(summary(self.history[-1]["metrics"], cfg.steps))
             sys.stdout.flush()
 
@@ -1010,7 +1015,8 @@ class Run:
 
     def load_state_dict(self, state):
         """Takes over a checkpoint; an exception if it is not one of such a run."""
-        if state.keys() != self.state_dict().keys():
+        columns = [list(evaluation["metrics"]) for evaluation in state["history"]]
+        if state.keys() != self.state_dict().keys() or columns != [COLUMNS] * len(columns):
             raise ValueError("written by another version of dmash.py")
         if state["version"] != self.version:
             print(f"saved by version {state['version']!r}, goes on with {self.version!r}")
@@ -1201,8 +1207,9 @@ def reading(path):
 
 
 def one_line(error):
+    """What an error says, without what could steer a terminal: a stranger may have written it."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    return "".join(filter(str.isprintable, lines[0]))[:200]
 
 
 def csv_text(rows):

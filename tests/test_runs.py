@@ -464,8 +464,9 @@ def test_a_thread_other_than_the_main_one_trains(run, tmp_path):
 def test_an_evaluation_prints_a_line(method, tmp_path, capsys):
     """Without matplotlib another one says how to get the picture."""
     train(tmp_path, method=method)
-    _, first, second, *rest = capsys.readouterr().out.splitlines()
+    _, first, begins, second, *rest = capsys.readouterr().out.splitlines()
     assert first.startswith("step 10  ") and second.startswith("step 20  ")
+    assert begins == "last evaluation: 1 episodes in each context …"
     assert ("  dynamics loss " in first) == (method == "dma_star")
     assert "nan" not in first
     assert rest == [
@@ -626,6 +627,13 @@ def older(state):
     return state
 
 
+def fewer_columns(state):
+    """As a version wrote it that counted no diverged episodes."""
+    for evaluation in state["history"]:
+        del evaluation["metrics"]["diverged_train"]
+    return state
+
+
 DAMAGED = {
     "policy.pt": [
         (lambda state: [1], ""),
@@ -633,10 +641,12 @@ DAMAGED = {
         (lambda state: state | {"agent": {}}, "its weights are not those of this method"),
         (with_weight, "its weights are not those of this method"),
         (with_settings(gamme=1), "'gamme'"),
+        (with_settings(gamma="\x1b[31m"), "--gamma [31m: must be a number"),
     ],
     "checkpoint.pt": [
         (attack, ""),
         (older, "written by another version of dmash.py"),
+        (fewer_columns, "written by another version of dmash.py"),
         (with_settings(hidden=128), ""),
         (with_settings(device="cuda:99"), "--device cuda:99: must be cpu, or a GPU"),
     ],
@@ -653,6 +663,7 @@ def test_damaged_and_foreign_files_are_refused(name, mode, run, tmp_path, monkey
         assert dmash.main([mode, str(folder)]) == 2
         message = error_of(capsys)
         assert message.startswith(f"{folder / name} cannot be read (") and reason in message
+        assert message.isprintable()
         assert contents(folder) == before
     assert os.listdir() == [run.name]  # no code in a file was run
 
