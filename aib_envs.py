@@ -76,8 +76,8 @@ add a context to an environment of this file, subclass its task and register a n
 - `multiplies` names the actuators whose action it multiplies, as for the new sign above.
 
 The file in its order: the contexts and the context sets; `Task`, the base class, which steps N
-instances together; the tasks; the classes that show a task to others, which are `ContextualEnv`
-(one gymnasium.Env), `VectorEnv` (for training) and `ContextualVectorEnv` (VectorEnv by Gymnasium's
+instances together; the tasks; the classes that show a task to others, which are `VectorEnv` (for
+training), `ContextualEnv` (one gymnasium.Env) and `ContextualVectorEnv` (VectorEnv by Gymnasium's
 rules); the wrappers; `register`, the checks of values from outside, and the table as calls.
 """
 
@@ -90,11 +90,12 @@ import itertools
 import math
 import os
 import sys
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import gymnasium
 import mujoco  # type: ignore[import-untyped]
@@ -164,7 +165,6 @@ class EnvSpec:
     kind: str
     K: int  # transitions in a window
     steps: int  # gradient steps of a run
-    paper_name: str
     module: str  # where it is registered
 
 
@@ -207,13 +207,14 @@ def set_values(dim, name):
     """
     low, high = dim.train
     margin = 0.01 * (high - low)
-    if name == "train":
-        return np.linspace(low, high, 50)
+    if name == "eval_out":
+        lowest, highest = dim.extrapolation
+        below = np.linspace(lowest, low - margin, 25)
+        above = np.linspace(high + margin, highest, 25)
+        return np.concatenate([below, above])
     if name == "eval_in":
-        return np.linspace(low + margin, high - margin, 50)
-    lowest, highest = dim.extrapolation
-    outside = (lowest, low - margin), (high + margin, highest)
-    return np.concatenate([np.linspace(*ends, 25) for ends in outside])
+        low, high = low + margin, high - margin
+    return np.linspace(low, high, 50)
 
 
 def context_set(dims, name, n, rng):
@@ -224,7 +225,7 @@ def context_set(dims, name, n, rng):
     combinations = list(itertools.product(*(dim.train for dim in binary)))
     turns = np.arange(n)  # Context i has the combination number turns[i], counted round.
     if len(continuous) > 2:
-        entries = list(zip(*[rng.choice(axis, n) for axis in axes]))
+        entries = zip(*[rng.choice(axis, n) for axis in axes])
     else:
         mesh = list(itertools.product(*axes))
         # Places in the mesh with the binary values as its last dimensions.
@@ -250,7 +251,8 @@ class Task(ABC):
     """N instances of an environment, one per context, stepped together.
 
     Arrays have one row per instance, unless a method takes the number i of one instance.
-    A subclass gives the sizes and `dt`, and defines the abstract methods.
+    A subclass gives the sizes and `dt`, and defines the abstract methods. The physical state is
+    `s`, unless it redefines `set_state` and `state`.
     """
 
     d_s: int  # size of an observation
@@ -269,20 +271,8 @@ class Task(ABC):
         """A random state for instance i to start from, (state_size,), by the Generator `rng`."""
 
     @abstractmethod
-    def set_state(self, state):
-        """Takes over the physical state of all instances, (N, state_size)."""
-
-    @abstractmethod
-    def state(self):
-        """The physical state, (N, state_size), in an array of its own."""
-
-    @abstractmethod
     def advance(self, actions):
         """One step of the dynamics. `actions` (N, d_a) are what the actuators get, in [-1, 1]."""
-
-    def observation(self):
-        """What the agent sees, (N, d_s): the physical state, if a subclass says nothing else."""
-        return self.state()
 
     @abstractmethod
     def reward(self):
@@ -291,6 +281,18 @@ class Task(ABC):
     @abstractmethod
     def picture(self, i):
         """What `draw` draws of instance i: a View and a list of Shapes."""
+
+    def set_state(self, state):
+        """Takes over the physical state of all instances, (N, state_size)."""
+        self.s = state.copy()
+
+    def state(self):
+        """The physical state, (N, state_size), in an array of its own."""
+        return self.s.copy()
+
+    def observation(self):
+        """What the agent sees, (N, d_s): the physical state, if a subclass says nothing else."""
+        return self.state()
 
     def __init__(self, contexts):
         self.contexts = [dict(context) for context in contexts]
@@ -382,15 +384,14 @@ def draw(view, shapes, size=256):
     """The picture, (size, size, 3), uint8. Later shapes cover earlier ones."""
     picture = np.full((size, size, 3), 245, dtype=np.uint8)
     ticks = (np.arange(size) + 0.5) / size - 0.5
-    x = view.centre[0] + view.width * ticks  # (size,)
-    y = view.centre[1] - view.width * ticks[:, None]  # (size, 1)
+    across = np.stack(np.meshgrid(ticks, -ticks), axis=-1)
+    pixels = view.centre + view.width * across  # (size, size, 2)
     for start, end, radius, colour in shapes:
         line = end - start
-        dx, dy = line
         # The nearest point of the line is start + share * line. One share for each pixel.
-        share = ((x - start[0]) * dx + (y - start[1]) * dy) / max(line @ line, 1e-12)
-        share = np.clip(share, 0, 1)  # (size, size)
-        distance = np.hypot(x - start[0] - share * dx, y - start[1] - share * dy)
+        share = np.clip((pixels - start) @ line / max(line @ line, 1e-12), 0, 1)
+        nearest = start + share[..., None] * line
+        distance = np.linalg.norm(pixels - nearest, axis=-1)
         picture[distance <= radius] = colour
     return picture
 
@@ -425,19 +426,18 @@ class DoubleIntegrator(Task):
         position = corner * rng.uniform(0.8, 1.0, size=2)
         return np.concatenate([position, np.zeros(2)])
 
-    def set_state(self, state):
-        self.p = state[:, :2].copy()
-        self.v = state[:, 2:].copy()
-
-    def state(self):
-        return np.concatenate([self.p, self.v], axis=-1)
+    @property
+    def p(self):
+        return self.s[:, :2]
 
     def advance(self, actions):
         mass = self.c["mass"]
         keep = 1 - self.dt * self.c.get("friction", 0) / mass
-        # The position moves first, with the old velocity.
-        self.p = np.clip(self.p + self.dt * self.v, -1, 1)
-        self.v = np.clip(self.v * keep[:, None] + self.dt * actions / mass[:, None], -1, 1)
+        v = self.s[:, 2:]
+        # The position moves with the old velocity.
+        p = self.p + self.dt * v
+        v = v * keep[:, None] + self.dt * actions / mass[:, None]
+        self.s = np.hstack([p, v]).clip(-1, 1)
 
     def reward(self):
         return (np.linalg.norm(self.p, axis=-1) <= self.GOAL_RADIUS).astype(float)
@@ -477,18 +477,16 @@ class ODE(Task):
     def initial_state(self, i, rng):
         return rng.uniform(-1.0, 1.0, size=1)
 
-    def set_state(self, state):
-        self.x = state[:, 0].copy()
-
-    def state(self):
-        return self.x[:, None].copy()
+    @property
+    def x(self):
+        return self.s[:, 0]
 
     def advance(self, actions):
         a = actions[:, 0] + 1j * actions[:, 1]
-        # Other contexts, such as a sign, may stand beside the coefficients.
-        powers = [k for k in range(len(self.c)) if f"c{k}" in self.c]
-        slope = sum(self.c[f"c{k}"] * a ** (k + 1) for k in powers).real
-        self.x = np.clip(self.x + self.dt * slope, -self.high, self.high)
+        # Where a sign stands beside the coefficients, there are fewer of them than contexts.
+        terms = [self.c.get(f"c{k}", 0) * a ** (k + 1) for k in range(len(self.c))]
+        slope = sum(terms).real
+        self.s = np.clip(self.s + self.dt * slope[:, None], -self.high, self.high)
 
     def reward(self):
         reached = [np.abs(self.x) < below for below in self.TIERS]
@@ -497,9 +495,12 @@ class ODE(Task):
     def picture(self, i):
         x = np.array([self.x[i], 0.0])
         goal = np.array([min(self.TIERS), 0.0])
-        end = np.array([20.0, 0.0])
-        line = Shape(-end, end, 0.01, GREY)
-        shapes = [line, Shape(-goal, goal, 0.04, GREEN), Shape(x, x, 0.06, BLUE)]
+        end = np.array([self.high, 0.0])
+        shapes = [
+            Shape(-end, end, 0.01, GREY),
+            Shape(-goal, goal, 0.04, GREEN),
+            Shape(x, x, 0.06, BLUE),
+        ]
         return View(np.clip(x, -18, 18) * 0.9, 4.0), shapes
 
 
@@ -535,9 +536,6 @@ class MujocoTask(Task):
         except (ValueError, mujoco.FatalError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"contexts {shown(self.contexts)}: {reason}") from None
-        for model in self.models:
-            # By default, MuJoCo silently resets a simulation that diverges.
-            model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         self.datas = [mujoco.MjData(model) for model in self.models]
         self.pairs = list(zip(self.models, self.datas))
 
@@ -546,14 +544,13 @@ class MujocoTask(Task):
         return self.models[0].opt.timestep * self.SUBSTEPS
 
     def model(self, context):
-        model = self.compile(context)
+        model = mujoco.MjModel.from_xml_string(self.xml(context))
+        # By default, MuJoCo silently resets a simulation that diverges.
+        model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
         if "gravity" in context:
             model.opt.gravity[2] = -context["gravity"]
         model.actuator_gear *= context.get("actuator_strength", 1)
         return model
-
-    def compile(self, context):
-        return mujoco.MjModel.from_xml_string(self.xml(context))
 
     def measure(self):
         self.qpos = np.array([data.qpos for data in self.datas])  # (N, nq)
@@ -576,7 +573,7 @@ class MujocoTask(Task):
         self.measure()
 
     def state(self):
-        return np.concatenate([self.qpos, self.qvel], axis=-1)
+        return np.hstack([self.qpos, self.qvel])
 
     def snapshot(self):
         size = mujoco.mj_stateSize(self.models[0], self.WHOLE)
@@ -594,6 +591,7 @@ class MujocoTask(Task):
         self.measure()
 
     def advance(self, actions):
+        self.actions = actions
         for (model, data), action in zip(self.pairs, actions):
             data.ctrl[:] = action
             mujoco.mj_step(model, data, self.SUBSTEPS)
@@ -602,15 +600,15 @@ class MujocoTask(Task):
                 mujoco.mj_step1(model, data)
         self.measure()
 
-    @staticmethod
-    def random_joints(model, rng):
-        """qpos with limited joints uniform in their range and unlimited hinges in [-π, π]."""
-        qpos = np.zeros(model.nq)
+    def random_pose(self, i, rng):
+        """At rest, limited joints uniform in their range and unlimited hinges in [-π, π]."""
+        model = self.models[i]
+        state = np.zeros(self.state_size)
         limited = model.jnt_limited == 1
         ranges = np.where(limited[:, None], model.jnt_range, [-np.pi, np.pi])
         drawn = limited | (model.jnt_type == mujoco.mjtJoint.mjJNT_HINGE)
-        qpos[drawn] = rng.uniform(*ranges[drawn].T)
-        return qpos
+        state[: model.nq][drawn] = rng.uniform(*ranges[drawn].T)
+        return state
 
     def picture(self, i):
         """Every geom of the model as it is now, and the ground as a line."""
@@ -621,21 +619,14 @@ class MujocoTask(Task):
             if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_PLANE:
                 shapes.append(GROUND)
                 continue
-            x_axis, _, z_axis = data.geom_xmat[g].reshape(3, 3).T
             radius, length, _ = model.geom_size[g]
+            z_axis = data.geom_xmat[g].reshape(3, 3)[:, 2]
             half = length * z_axis  # from the middle to the end of a capsule; 0 for a sphere
-            # A box becomes a line along its x axis, as thick as the box is high.
-            if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_BOX:
-                length, _, radius = model.geom_size[g]
-                half = length * x_axis
             middle = data.geom_xpos[g]
             ends = (middle - half)[self.AXES], (middle + half)[self.AXES]
             shapes.append(Shape(*ends, radius, BLUE if g % 2 else RED))
-        return View(self.centre(i), self.WIDTH), shapes
-
-    def centre(self, i):
-        """The middle of a picture. It follows the root body sideways and has a fixed height."""
-        return np.array([self.datas[i].xpos[1][0], 0.35 * self.WIDTH])
+        # The middle follows the root body sideways and has a fixed height.
+        return View(np.array([data.xpos[1][0], 0.35 * self.WIDTH]), self.WIDTH), shapes
 
 
 class Cartpole(MujocoTask):
@@ -663,6 +654,7 @@ class Cartpole(MujocoTask):
     WIDTH = 4.5  # m
 
     def xml(self, context):
+        # The cart slides and touches nothing, so that its shape matters in pictures only.
         return f"""
         <mujoco model="cartpole">
           <option timestep="0.01" integrator="RK4"><flag contact="disable"/></option>
@@ -670,7 +662,7 @@ class Cartpole(MujocoTask):
             <body name="cart" pos="0 0 1">
               <joint name="slider" type="slide" axis="1 0 0" limited="true" range="-1.8 1.8"
                      solreflimit=".08 1" damping="5e-4"/>
-              <geom type="box" size=".2 .15 .1" mass="1"/>
+              <geom type="capsule" fromto="-.2 0 0 .2 0 0" size=".1" mass="1"/>
               <body name="pole">
                 <joint name="hinge" type="hinge" axis="0 1 0" damping="2e-6"/>
                 <geom type="capsule" fromto="0 0 0 0 0 {2 * context["length"]}" size=".045"
@@ -690,11 +682,11 @@ class Cartpole(MujocoTask):
     def observation(self):
         x, theta = self.qpos.T
         dx, dtheta = self.qvel.T
-        return np.stack([x, np.cos(theta), np.sin(theta), dx, dtheta], axis=-1)
+        return np.column_stack([x, np.cos(theta), np.sin(theta), dx, dtheta])
 
     def reward(self):
         x, theta = self.qpos.T
-        force = np.array([data.ctrl[0] for data in self.datas])
+        force = self.actions[:, 0]
         upright = (1 + np.cos(theta)) / 2
         centered = (1 + near(x, margin=2)) / 2
         small_control = (4 + np.maximum(0.0, 1 - force**2)) / 5
@@ -728,10 +720,6 @@ class Reacher(MujocoTask):
     FINGER = 0.01  # m, its radius
     TARGET = 0.05  # m, its radius
 
-    def __init__(self, contexts):
-        self.target = np.zeros((len(contexts), 2))
-        super().__init__(contexts)
-
     def xml(self, context):
         scale = context["length"]
         link = self.LINK * scale
@@ -764,36 +752,36 @@ class Reacher(MujocoTask):
         finger = self.LINK * self.c["length"] * np.array([x1 + x2, y1 + y2])
         return self.target - finger.T
 
+    def reset(self, rngs):
+        # A new array, as a copy made by `with_contexts` shares the old one.
+        self.target = np.zeros((self.N, 2))
+        super().reset(rngs)
+
     def initial_state(self, i, rng):
-        qpos = self.random_joints(self.models[i], rng)
+        state = self.random_pose(i, rng)
         angle = rng.uniform(0, 2 * np.pi)
         radius = rng.uniform(0.05, 0.2)
-        # A copy made by `with_contexts` shares this array, and must not change it.
-        self.target = self.target.copy()
         self.target[i] = radius * np.sin(angle), radius * np.cos(angle)
-        return np.concatenate([qpos, np.zeros(2)])
+        return state
 
     def snapshot(self):
-        return np.concatenate([self.target, super().snapshot()], axis=-1)
+        return np.hstack([self.target, super().snapshot()])
 
     def restore(self, snapshot):
         self.target = snapshot[:, :2].copy()
         super().restore(snapshot[:, 2:])
 
     def observation(self):
-        return np.concatenate([self.qpos, self.to_target(), self.qvel], axis=-1)
+        return np.hstack([self.qpos, self.to_target(), self.qvel])
 
     def reward(self):
         distance = np.hypot(*self.to_target().T)
         return (distance <= self.TARGET + self.FINGER).astype(float)
 
     def picture(self, i):
-        view, shapes = super().picture(i)
+        _, shapes = super().picture(i)
         target = Shape(self.target[i], self.target[i], self.TARGET, GREEN)
-        return view, [target, *shapes]
-
-    def centre(self, i):
-        return np.zeros(2)
+        return View(np.zeros(2), self.WIDTH), [target, *shapes]
 
 
 class HardReacher(Reacher):
@@ -869,7 +857,7 @@ class BallInCup(MujocoTask):
         cup_x, cup_z, ball_x, ball_z = self.qpos.T
         middle_z = self.CUP - self.HALF + cup_z
         ball_height = self.STRING_TOP - self.c["distance"] + ball_z
-        return np.stack([cup_x - ball_x, middle_z - ball_height], axis=-1)
+        return np.column_stack([cup_x - ball_x, middle_z - ball_height])
 
     def initial_state(self, i, rng):
         model, data = self.pairs[i]
@@ -986,7 +974,7 @@ class Cheetah(MujocoTask):
         return np.concatenate([data.qpos, data.qvel])
 
     def observation(self):
-        return np.concatenate([self.qpos[:, 1:], self.qvel], axis=-1)
+        return np.hstack([self.qpos[:, 1:], self.qvel])
 
     def reward(self):
         return self.moving()
@@ -1075,15 +1063,15 @@ class Walker(MujocoTask):
         torso = self.qpos[:, 2:3]
         right = torso - self.qpos[:, 3:6].cumsum(-1)
         left = torso - self.qpos[:, 6:9].cumsum(-1)
-        return np.concatenate([torso, right, left], axis=-1)
+        return np.hstack([torso, right, left])
 
     def initial_state(self, i, rng):
-        return np.concatenate([self.random_joints(self.models[i], rng), np.zeros(9)])
+        return self.random_pose(i, rng)
 
     def observation(self):
         angles = self.angles()
         orientations = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(self.N, -1)
-        return np.concatenate([self.height()[:, None], orientations, self.qvel], axis=-1)
+        return np.column_stack([self.height(), orientations, self.qvel])
 
     def reward(self):
         standing = near(np.maximum(0, self.HEIGHT - self.height()), margin=self.HEIGHT / 2)
@@ -1109,14 +1097,15 @@ class GymTask(MujocoTask):
     FILE: str  # of the model
     NOISE = 5e-3  # of the starting state
 
-    def compile(self, context):
+    def xml(self, context):
         folder = Path(gymnasium.__file__).parent / "envs/mujoco/assets"
-        return mujoco.MjModel.from_xml_path(str(folder / self.FILE))
+        return (folder / self.FILE).read_text()
 
     def initial_state(self, i, rng):
         model = self.models[i]
-        rest = np.concatenate([model.qpos0, np.zeros(model.nv)])
-        return rest + rng.uniform(-self.NOISE, self.NOISE, size=self.state_size)
+        state = rng.uniform(-self.NOISE, self.NOISE, size=self.state_size)
+        state[: model.nq] += model.qpos0
+        return state
 
     def advance(self, actions):
         before = self.qpos[:, 0]
@@ -1124,11 +1113,10 @@ class GymTask(MujocoTask):
         self.velocity = (self.qpos[:, 0] - before) / self.dt
 
     def observation(self):
-        return np.concatenate([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)], axis=-1)
+        return np.hstack([self.qpos[:, 1:], np.clip(self.qvel, -10, 10)])
 
     def reward(self):
-        action = np.array([data.ctrl for data in self.datas])
-        cost = 1e-3 * np.square(action).sum(-1)
+        cost = 1e-3 * np.square(self.actions).sum(-1)
         return self.velocity + self.healthy() - cost
 
 
@@ -1157,7 +1145,7 @@ class WalkerGym(GymTask):
 
     def healthy(self):
         height, angle = self.qpos[:, 1:3].T
-        return (0.8 < height) & (height < 2.0) & (-1.0 < angle) & (angle < 1.0)
+        return (0.8 < height) & (height < 2.0) & (np.abs(angle) < 1.0)
 
 
 class HopperGym(GymTask):
@@ -1185,8 +1173,7 @@ class HopperGym(GymTask):
     def healthy(self):
         height, angle = self.qpos[:, 1:3].T
         others = np.abs(self.state()[:, 2:])
-        upright = (0.7 < height) & (-0.2 < angle) & (angle < 0.2)
-        return upright & (others < 100).all(axis=-1)
+        return (0.7 < height) & (np.abs(angle) < 0.2) & (others < 100).all(axis=-1)
 
 
 class BadEnvironment(ValueError):
@@ -1198,7 +1185,8 @@ class GymnasiumTask(Task):
 
     Observation, reward and start are those of the environment. Actions in [-1, 1] are rescaled to
     its bounds. Context: actuator_strength and action_factor multiply the action, without a unit.
-    The physical state can neither be read nor set. `gymnasium_spec` makes the class for an id.
+    The physical state can neither be read nor set, and is empty here. `gymnasium_spec` makes the
+    class for an id.
     """
 
     state_size = 0
@@ -1214,28 +1202,23 @@ class GymnasiumTask(Task):
         super().__init__(contexts)
 
     def reset(self, rngs):
+        super().reset(rngs)
         seeds = [int(rng.integers(2**31)) for rng in rngs]
-        self.s, _ = self.envs.reset(seed=seeds)
+        self.seen, _ = self.envs.reset(seed=seeds)
 
     def initial_state(self, i, rng):
-        """`reset` does without it."""
-
-    def set_state(self, state):
-        """The state cannot be set."""
-
-    def state(self):
-        return np.zeros((self.N, 0))
+        return np.zeros(0)
 
     def advance(self, actions):
         # `Task.step` multiplied by action_factor; the strength may go beyond the bounds once more.
         actions = np.clip(actions * self.c["actuator_strength"][:, None], -1, 1)
-        self.s, self.r, terminated, truncated, _ = self.envs.step(actions.astype(np.float32))
+        self.seen, self.r, terminated, truncated, _ = self.envs.step(actions.astype(np.float32))
         if terminated.any() or truncated.any():
             reason = "has terminal states: the method knows none but time"
             raise BadEnvironment(f"gymnasium:{self.gymnasium_id} {reason}")
 
     def observation(self):
-        return self.s
+        return self.seen
 
     def reward(self):
         return self.r
@@ -1256,9 +1239,9 @@ def gymnasium_spec(gymnasium_id):
         reason = f"{error} (pip install {error.name})"
         raise BadEnvironment(f"gymnasium:{gymnasium_id}: {reason}") from None
     horizon = env.spec.max_episode_steps
-    spaces = env.observation_space, env.action_space
-    observations, actions = spaces
-    boxes = all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in spaces)
+    observations = env.observation_space
+    actions = env.action_space
+    boxes = one_axis(observations) and one_axis(actions)
     if not (boxes and actions.is_bounded() and actions.dtype.kind == "f" and horizon):
         what = "Boxes of one axis as spaces, bounded float actions and a horizon"
         raise BadEnvironment(f"gymnasium:{gymnasium_id}: must have {what} (max_episode_steps)")
@@ -1274,7 +1257,7 @@ def gymnasium_spec(gymnasium_id):
     task.reset([rng])
     for _ in range(horizon):
         task.step(rng.uniform(-1, 1, (1, cls.d_a)))
-    return EnvSpec(cls, (STRENGTH, ACTION_FACTOR), horizon, NON, 24, 100_000, "-", "gymnasium")
+    return EnvSpec(cls, (STRENGTH, ACTION_FACTOR), horizon, NON, 24, 100_000, "gymnasium")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1287,13 +1270,18 @@ class VectorEnv:
 
     The horizon is the same everywhere, so that all episodes end together. Each instance has its own
     generator, spawned from `seed` by numpy's SeedSequence. This class keeps no rules of Gymnasium.
-    `ContextualEnv` and `ContextualVectorEnv` do, and stand on it.
+    Its subclasses `ContextualEnv` and `ContextualVectorEnv` do.
     """
 
-    def __init__(self, env_id: str, contexts: Contexts, seed: Any):
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # Gymnasium's name for pictures
+
+    def __init__(self, env_id: str, contexts: Contexts, seed: Any, render_mode: str | None = None):
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         spec = lookup(env_id)
         self.env_id = env_id
-        self.horizon = spec.horizon
+        self.render_mode = render_mode
+        self.horizon: float = spec.horizon
         self.task = spec.cls([full_context(env_id, each) for each in listed(env_id, contexts)])
         self.N = self.task.N
         self.d_s = self.task.d_s
@@ -1301,12 +1289,12 @@ class VectorEnv:
         self.t: Any = None  # None: not yet reset
         children = np.random.SeedSequence(seed).spawn(self.N)
         self.rngs = [np.random.default_rng(child) for child in children]
+        self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
 
     @property
     def c(self):
         """The contexts as one array, (N, d_c), in the order of the table (Task.c is a dict)."""
-        rows = [list(context.values()) for context in self.task.contexts]
-        return np.array(rows, dtype=np.float32)
+        return np.column_stack(list(self.task.c.values())).astype(np.float32)
 
     def need_reset(self, call):
         if self.t is None:
@@ -1340,18 +1328,17 @@ class VectorEnv:
 
     def task_in(self, contexts):
         """The task in other contexts. Values that they do not name stay as they are."""
-        ids = [self.env_id] * self.N
-        contexts = list(map(full_context, ids, contexts, self.task.contexts))
+        pairs = zip(contexts, self.task.contexts)
+        contexts = [full_context(self.env_id, new, old) for new, old in pairs]
         if contexts == self.task.contexts:
             return self.task
         return self.task.with_contexts(contexts)
 
-    def pictures(self, render_mode):
+    def render(self):
         """A picture of each instance, (256, 256, 3), or None without a render mode."""
         self.need_reset("render")
-        if render_mode is None:
-            return None
-        return tuple(draw(*self.task.picture(i)) for i in range(self.N))
+        if self.render_mode is not None:
+            return tuple(draw(*self.task.picture(i)) for i in range(self.N))
 
     def state_dict(self):
         """Everything that the next steps and resets depend on, in plain lists and numbers."""
@@ -1373,8 +1360,8 @@ class VectorEnv:
             rng.bit_generator.state = rng_state
 
 
-class ContextualEnv(gymnasium.Env):
-    """One environment of the benchmark as a Gymnasium environment.
+class ContextualEnv(VectorEnv, gymnasium.Env):
+    """A VectorEnv of one instance, by the rules of Gymnasium's environments.
 
     The context is in `info["context"]` and never in the observation. There is no terminal state.
     An episode is truncated after `horizon` steps; inf, the default, means never. gymnasium.make
@@ -1384,8 +1371,6 @@ class ContextualEnv(gymnasium.Env):
     state to start from, the reacher's target, and context values to change.
     """
 
-    metadata = {"render_modes": ["rgb_array"]}
-
     def __init__(
         self,
         env_id: str,
@@ -1393,19 +1378,11 @@ class ContextualEnv(gymnasium.Env):
         horizon: float = inf,
         **context: float,
     ):
-        check_render_mode(render_mode)
         if horizon != inf:
             whole("horizon", horizon)
-        self.env_id = env_id
-        self.render_mode = render_mode
+        VectorEnv.__init__(self, env_id, [context], seed=None, render_mode=render_mode)
         self.horizon = horizon
-        self.envs = VectorEnv(env_id, [context], seed=None)
-        self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
         self.observation_space, self.action_space = self.task.spaces()
-
-    @property
-    def task(self):
-        return self.envs.task
 
     @property
     def context(self):
@@ -1413,14 +1390,14 @@ class ContextualEnv(gymnasium.Env):
 
     def state(self):
         """The physical state, float64: what reset(options={"state": ...}) takes."""
-        return self.envs.state()[0]
+        return super().state()[0]
 
     def set_context(self, **context: float) -> None:
         """Changes context values in mid-episode and keeps the physical state."""
-        task = self.envs.task_in([context])
-        self.envs.need_reset("set_context")
+        task = self.task_in([context])
+        self.need_reset("set_context")
         task.set_state(self.task.state())
-        self.envs.task = task
+        self.task = task
 
     def reset(self, *, seed=None, options=None):
         options = dict(named("options", options or {}))
@@ -1428,28 +1405,28 @@ class ContextualEnv(gymnasium.Env):
         sizes = {"state": self.task.state_size, "target": self.task.target_size}
         for name in options.keys() & sizes.keys():
             options[name] = finite(name, options[name], (sizes[name],))[None]
-        task = self.envs.task_in([options.get("context", {})])
-        super().reset(seed=seed)
+        task = self.task_in([options.get("context", {})])
+        gymnasium.Env.reset(self, seed=seed)
         # All checks are done: a reset that fails changes nothing.
-        self.envs.task = task
-        self.envs.rngs = [self.np_random]
-        self.envs.reset()
+        self.task = task
+        self.rngs = [self.np_random]
+        super().reset()
         if "target" in options:
             task.target = options["target"].copy()
         if "state" in options:
             task.set_state(options["state"])
-        return self.envs.observe()[0], {"context": self.context}
+        return self.observe()[0], {"context": self.context}
 
     def step(self, action):
         """One step of `action`, (d_a,); what an actuator gets is clipped to [-1, 1]."""
-        (observation,) = self.envs.advance([action])
+        (observation,) = self.advance([action])
         reward = float(self.task.reward()[0])
-        truncated = self.envs.t >= self.horizon
+        truncated = self.t >= self.horizon
         return observation, reward, False, truncated, {"context": self.context}
 
     def render(self):
         """The picture, (256, 256, 3), or None without a render mode."""
-        pictures = self.envs.pictures(self.render_mode)
+        pictures = super().render()
         if pictures is not None:
             return pictures[0]
 
@@ -1461,11 +1438,9 @@ def make(env_id: str, **options: Any) -> ContextualEnv:
     """
     options = {"horizon": lookup(env_id).horizon} | options
     env = ContextualEnv(env_id, **options)
-    spec = gymnasium.registry.get(gymnasium_name(env_id))
+    spec = gymnasium.registry.get(f"aib/{env_id.rpartition(':')[2]}-v0")
     if spec is not None:
-        kwargs = spec.kwargs | env.context
-        if env.render_mode is not None:
-            kwargs["render_mode"] = env.render_mode
+        kwargs = spec.kwargs | env.context | {"render_mode": env.render_mode}
         limit = options["horizon"]
         if limit == inf:
             limit = None  # as Gymnasium writes it
@@ -1473,8 +1448,8 @@ def make(env_id: str, **options: Any) -> ContextualEnv:
     return env
 
 
-class ContextualVectorEnv(gymnasium.vector.VectorEnv):
-    """VectorEnv by the rules of Gymnasium's vector environments, for gymnasium.make_vec.
+class ContextualVectorEnv(VectorEnv, gymnasium.vector.VectorEnv):
+    """A VectorEnv by the rules of Gymnasium's vector environments, for gymnasium.make_vec.
 
     contexts: a list of `num_envs` contexts, or the name of a set; context values given by name
     hold in all of them. max_episode_steps: -1 means no limit, None the horizon of the table.
@@ -1483,10 +1458,7 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
     single environment with seed + i, as Gymnasium's own vector environments.
     """
 
-    metadata = {
-        "render_modes": ["rgb_array"],
-        "autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP,
-    }
+    metadata = VectorEnv.metadata | {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
 
     def __init__(
         self,
@@ -1497,39 +1469,30 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         render_mode: str | None = None,
         **context: float,
     ):
-        check_render_mode(render_mode)
         if contexts is None:
             contexts = [{}] * num_envs
         contexts = listed(env_id, contexts, num_envs)
         contexts = [named("context", each) | context for each in contexts]
-        self.env_id = env_id
+        VectorEnv.__init__(self, env_id, contexts, seed=None, render_mode=render_mode)
         self.num_envs = num_envs
-        self.render_mode = render_mode
-        self.envs = VectorEnv(env_id, contexts, seed=None)
-        self.horizon: float = self.envs.horizon
         if max_episode_steps == -1:
             self.horizon = inf
         elif max_episode_steps is not None:
             self.horizon = whole("max_episode_steps", max_episode_steps)
         self.done = False
         self.seeds = [-1] * num_envs  # Gymnasium's sign of an unknown seed.
-        task = self.envs.task
-        self.metadata = self.metadata | {"render_fps": round(1 / task.dt)}
-        self.single_observation_space, self.single_action_space = task.spaces()
+        self.single_observation_space, self.single_action_space = self.task.spaces()
         batch_space = gymnasium.vector.utils.batch_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
     @property
     def context(self):
-        return [dict(context) for context in self.envs.task.contexts]
+        return [dict(context) for context in self.task.contexts]
 
     @property
     def np_random_seed(self):
         return tuple(self.seeds)
-
-    def state(self):
-        return self.envs.state()
 
     def reset(self, *, seed=None, options=None):
         """`seed`: a number, or one for each instance. With None an instance's generator goes on.
@@ -1540,7 +1503,7 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
         options = named("options", options or {})
         check_names("option", options, ["contexts"])
         contexts = listed(self.env_id, options.get("contexts", self.context), self.num_envs)
-        task = self.envs.task_in(contexts)
+        task = self.task_in(contexts)
         seeds = seed
         if seed is None:
             seeds = [None] * self.num_envs
@@ -1548,36 +1511,32 @@ class ContextualVectorEnv(gymnasium.vector.VectorEnv):
             seeds = [seed + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed {shown(seed)}: must be a number, or {self.num_envs} of them")
-        self.envs.task = task
+        self.task = task
         for i, each in enumerate(seeds):
             if each is not None:
-                self.envs.rngs[i] = np.random.default_rng(each)
+                self.rngs[i] = np.random.default_rng(each)
                 self.seeds[i] = each
         self.done = False
-        return self.envs.reset(), self.infos()
+        return super().reset(), self.infos()
 
     def infos(self):
         """As SyncVectorEnv gives them, with a mask beside each array."""
         there = np.ones(self.num_envs, dtype=bool)
-        context = copy.deepcopy(self.envs.task.c)
+        context = copy.deepcopy(self.task.c)
         masks = {f"_{name}": there for name in context}
         return {"context": context | masks, "_context": there}
 
     def step(self, actions):
         rewards = np.zeros(self.num_envs)
         if self.done:
-            observations = self.envs.reset()
+            observations = super().reset()
         else:
-            observations = self.envs.advance(actions)
-            rewards = self.envs.task.reward().astype(np.float64)
-        self.done = self.envs.t >= self.horizon
+            observations = self.advance(actions)
+            rewards = self.task.reward().astype(np.float64)
+        self.done = self.t >= self.horizon
         terminated = np.zeros(self.num_envs, dtype=bool)
         truncated = np.full(self.num_envs, self.done)
         return observations, rewards, terminated, truncated, self.infos()
-
-    def render(self):
-        """A picture of each instance, or None without a render mode."""
-        return self.envs.pictures(self.render_mode)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple:
         """What each instance has, or gives, by this name, as SyncVectorEnv's call.
@@ -1624,9 +1583,10 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
             check_ranges(inner.env_id, contexts)
             self.ranges = dict(contexts)
             contexts = [{}]
-        self.contexts = []
-        for context in listed(inner.env_id, contexts):
-            self.contexts.append(full_context(inner.env_id, context, inner.context))
+        self.contexts = [
+            full_context(inner.env_id, each, inner.context)
+            for each in listed(inner.env_id, contexts)
+        ]
 
     def reset(self, *, seed=None, options=None):
         """Values in options["context"] take the place of drawn ones."""
@@ -1634,7 +1594,7 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
             # Otherwise the context and the state would be drawn from the same random numbers.
             self.env.reset(seed=seed)
         options = dict(options or {})
-        context = dict(self.contexts[self.np_random.integers(len(self.contexts))])
+        context = dict(self.np_random.choice(self.contexts))
         for name, (low, high) in self.ranges.items():
             context[name] = self.np_random.uniform(low, high)
         options["context"] = context | options.get("context", {})
@@ -1656,7 +1616,7 @@ class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
         added = box(len(contextual(env).context))
         if key is not None:
             self.observation_space = gymnasium.spaces.Dict({"observation": plain, key: added})
-        elif isinstance(plain, gymnasium.spaces.Box) and len(plain.shape) == 1:
+        elif one_axis(plain):
             low = np.append(plain.low, added.low)
             high = np.append(plain.high, added.high)
             self.observation_space = box(len(low), high, low)
@@ -1665,7 +1625,7 @@ class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
             raise ValueError(f"observation space {shown(plain)}: {reason}")
 
     def observation(self, observation):
-        context = self.unwrapped.envs.c[0]
+        context = self.unwrapped.c[0]
         if self.key is None:
             return np.append(observation, context).astype(np.float32)
         return {"observation": observation, self.key: context}
@@ -1706,16 +1666,16 @@ class ActuatorPermutation(gymnasium.ActionWrapper, RecordConstructorArgs):
         gymnasium.ActionWrapper.__init__(self, env)
         space = env.action_space
         self.order = np.array(order, ndmin=1)
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+        if not one_axis(space):
             raise ValueError(f"action space {shown(space)}: must be a Box of one axis")
         (size,) = space.shape
         whole_numbers = self.order.dtype.kind in "iu"  # True and False are none.
         if not whole_numbers or sorted(self.order.tolist()) != list(range(size)):
             raise ValueError(f"order {shown(order)}: must be a permutation of 0 ... {size - 1}")
-        for bound in (space.low, space.high):
-            if (bound[self.order] != bound).any():
-                kept = "leave actuators with other bounds in place"
-                raise ValueError(f"order {shown(order)}: must {kept}, {shown(space)}")
+        bounds = np.stack([space.low, space.high])
+        if (bounds[:, self.order] != bounds).any():
+            kept = "leave actuators with other bounds in place"
+            raise ValueError(f"order {shown(order)}: must {kept}, {shown(space)}")
         RecordConstructorArgs.__init__(self, order=self.order.tolist())
 
     def action(self, action):
@@ -1742,7 +1702,6 @@ def register(
     kind: str = NON,
     K: int = 24,
     steps: int = 100_000,
-    paper_name: str = "-",
 ) -> None:
     """Adds an environment. The arguments are a row of EnvSpec.
 
@@ -1753,21 +1712,22 @@ def register(
     module = sys._getframe(1).f_globals["__name__"]
     if module == "__mp_main__":  # the main module in a process that multiprocessing spawned
         module = "__main__"
-    spec = EnvSpec(cls, tuple(context), horizon, kind, K, steps, paper_name, module)
+    spec = EnvSpec(cls, tuple(context), horizon, kind, K, steps, module)
     try:
         check_spec(env_id, spec)
     except ValueError as error:
         raise ValueError(f"environment {env_id!r}: {error}") from None
+    full_id = env_id
     if module != __name__:
-        env_id = f"{module}:{env_id}"
+        full_id = f"{module}:{env_id}"
     gymnasium.register(
-        gymnasium_name(env_id),
+        f"aib/{env_id}-v0",
         entry_point="aib_envs:ContextualEnv",
         vector_entry_point="aib_envs:ContextualVectorEnv",
         max_episode_steps=horizon,
-        kwargs={"env_id": env_id},
+        kwargs={"env_id": full_id},
     )
-    ENVS[env_id.rpartition(":")[2]] = spec
+    ENVS[env_id] = spec
 
 
 def check_spec(env_id, spec):
@@ -1818,19 +1778,15 @@ def check_dim(dim):
         raise ValueError(f"context {dim.name}, {ranges}: must be {allowed}")
 
 
-def gymnasium_name(env_id):
-    return f"aib/{env_id.rpartition(':')[2]}-v0"
-
-
 def lookup(env_id: str) -> EnvSpec:
     """The EnvSpec of an id of the table, of "module:id" or of "gymnasium:id".
 
     Importing the module, which may stand in the current folder, registers the id. An unknown id is
     a ValueError, ImportError, TypeError (./module:id) or an error of Gymnasium's own.
     """
+    if str(env_id).startswith("gymnasium:"):
+        return gymnasium_spec(env_id.removeprefix("gymnasium:"))
     module, _, name = str(env_id).rpartition(":")
-    if module.split(":")[0] == "gymnasium":
-        return gymnasium_spec(str(env_id).removeprefix("gymnasium:"))
     if module:
         if "" not in sys.path:
             sys.path.append("")  # the current folder
@@ -1855,7 +1811,7 @@ def full_context(env_id, context, base=None):
     """
     dims = {dim.name: dim for dim in lookup(env_id).context}
     what = "context, or unexpected keyword argument"
-    check_names(what, named("context", context), list(dims), UnknownContext)
+    check_names(what, named("context", context), list(dims))
     values = (base or {}) | context
     return {name: allowed_value(dim, values.get(name, dim.default)) for name, dim in dims.items()}
 
@@ -1896,16 +1852,15 @@ def check_ranges(env_id, ranges):
             full_context(env_id, {name: value})
 
 
-def check_render_mode(render_mode):
-    if render_mode not in (None, "rgb_array"):
-        raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
-
-
 def contextual(env):
     """The ContextualEnv that `env` wraps."""
     if not isinstance(env.unwrapped, ContextualEnv):
         raise ValueError(f"{shown(env)}: must be an environment of aib_envs, with a context")
     return env.unwrapped
+
+
+def one_axis(space) -> TypeGuard[gymnasium.spaces.Box]:
+    return isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
 
 
 def box(size, high=inf, low=None):
@@ -1940,8 +1895,8 @@ def whole(name, value):
     return value
 
 
-class UnknownContext(TypeError, ValueError):
-    """A context name that the environment does not have.
+class UnknownName(TypeError, ValueError):
+    """A name that is not in a table.
 
     As a keyword it is a TypeError, by Python's convention; in a dict it is a ValueError.
     """
@@ -1953,18 +1908,15 @@ def named(what, values):
     return values
 
 
-def check_names(kind, values, known, error=ValueError):
+def check_names(kind, values, known):
     for name in values:
         if name not in known:
-            raise error(unknown(kind, name, known))
+            raise UnknownName(unknown(kind, name, known))
 
 
 def shown(value):
     """`value` in a message of one line."""
-    text = " ".join(repr(value).split())
-    if len(text) > 100:
-        text = text[:97] + "..."
-    return text
+    return textwrap.shorten(repr(value), 100, placeholder="...")
 
 
 def unknown(kind, name, known):
@@ -1977,32 +1929,26 @@ def unknown(kind, name, known):
 
 
 # --------------------------------------------------------------------------------------------------
-# The table: id, class, contexts, horizon, kind, K, steps, name in the paper
+# The table: id, class, contexts, horizon, kind, K, steps
 # --------------------------------------------------------------------------------------------------
 
 
-register("di_inv", DoubleIntegrator, [MASS, ACTION_FACTOR], 100, NON, 24, 100_000, "DI")
-register("di_friction", DoubleIntegrator, [MASS, FRICTION], 100, OVER, 24, 100_000, "DI-Friction")
-register("di_perm", DoubleIntegrator, [MASS, SWAP], 100, NON, 24, 100_000, "DI-Perm")
-register("ode", ODE, coefficients(2), 200, WEAK, 24, 100_000, "ODE")
-register(
-    "cartpole_inv", Cartpole, [POLE_LENGTH, ACTION_FACTOR], 1000, NON, 128, 100_000, "Cartpole"
-)
-register("cheetah_inv", Cheetah, [SCALE, ACTION_FACTOR], 1000, NON, 128, 200_000, "Cheetah")
-register("reacher_easy_inv", Reacher, [SCALE, ACTION_FACTOR], 1000, NON, 128, 200_000, "Reacher(E)")
-register(
-    "reacher_hard_inv", HardReacher, [SCALE, ACTION_FACTOR], 1000, NON, 128, 200_000, "Reacher(H)"
-)
-register(
-    "reacher_hard_perm", HardReacher, [SCALE, SWAP], 1000, NON, 128, 200_000, "Reacher(H)-Perm"
-)
-register("ball_in_cup", BallInCup, [CUP_GRAVITY, STRING], 1000, OVER, 128, 200_000, "BallInCup")
-register("walker", Walker, [GRAVITY, STRENGTH], 1000, OVER, 128, 200_000, "Walker")
-register("walker_gym", WalkerGym, [GRAVITY, STRENGTH], 1000, OVER, 128, 500_000, "WalkerGym")
-register("hopper_gym", HopperGym, [GRAVITY, STRENGTH], 1000, OVER, 128, 500_000, "HopperGym")
-register("di_signs", DoubleIntegrator, [MASS, SIGN_X, SIGN_Y], 100, NON, 24, 100_000, "-")
+register("di_inv", DoubleIntegrator, [MASS, ACTION_FACTOR], 100, NON, 24, 100_000)
+register("di_friction", DoubleIntegrator, [MASS, FRICTION], 100, OVER, 24, 100_000)
+register("di_perm", DoubleIntegrator, [MASS, SWAP], 100, NON, 24, 100_000)
+register("ode", ODE, coefficients(2), 200, WEAK, 24, 100_000)
+register("cartpole_inv", Cartpole, [POLE_LENGTH, ACTION_FACTOR], 1000, NON, 128, 100_000)
+register("cheetah_inv", Cheetah, [SCALE, ACTION_FACTOR], 1000, NON, 128, 200_000)
+register("reacher_easy_inv", Reacher, [SCALE, ACTION_FACTOR], 1000, NON, 128, 200_000)
+register("reacher_hard_inv", HardReacher, [SCALE, ACTION_FACTOR], 1000, NON, 128, 200_000)
+register("reacher_hard_perm", HardReacher, [SCALE, SWAP], 1000, NON, 128, 200_000)
+register("ball_in_cup", BallInCup, [CUP_GRAVITY, STRING], 1000, OVER, 128, 200_000)
+register("walker", Walker, [GRAVITY, STRENGTH], 1000, OVER, 128, 200_000)
+register("walker_gym", WalkerGym, [GRAVITY, STRENGTH], 1000, OVER, 128, 500_000)
+register("hopper_gym", HopperGym, [GRAVITY, STRENGTH], 1000, OVER, 128, 500_000)
+register("di_signs", DoubleIntegrator, [MASS, SIGN_X, SIGN_Y], 100, NON, 24, 100_000)
 for k in range(1, 21):
-    register(f"ode_{k}", ODE, coefficients(k), 200, WEAK, paper_name=f"ODE-{k}")
+    register(f"ode_{k}", ODE, coefficients(k), 200, WEAK)
 
 if __name__ == "__main__":
     try:
