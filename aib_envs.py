@@ -662,7 +662,7 @@ class Cartpole(MujocoTask):
             <body name="cart" pos="0 0 1">
               <joint name="slider" type="slide" axis="1 0 0" limited="true" range="-1.8 1.8"
                      solreflimit=".08 1" damping="5e-4"/>
-              <geom type="capsule" fromto="-.2 0 0 .2 0 0" size=".1" mass="1"/>
+              <geom type="capsule" fromto=".2 0 0 -.2 0 0" size=".1" mass="1"/>
               <body name="pole">
                 <joint name="hinge" type="hinge" axis="0 1 0" damping="2e-6"/>
                 <geom type="capsule" fromto="0 0 0 0 0 {2 * context["length"]}" size=".045"

@@ -516,7 +516,7 @@ def test_a_picture_shows_lines_and_discs_where_they_are():
     view = aib_envs.View(np.array([0.1, 0.2]), 2.0)
     picture = aib_envs.draw(view, [aib_envs.Shape(start, end, 0.2, aib_envs.RED)], size=40)
     places = np.linspace(start, end, 2001)
-    for row, column in itertools.product(range(40), repeat=2):
+    for row, column in np.ndindex(40, 40):
         point = view.centre + [(column + 0.5) / 20 - 1, 1 - (row + 0.5) / 20]
         inside = np.linalg.norm(places - point, axis=1).min() <= 0.2
         assert (tuple(picture[row, column]) == aib_envs.RED) == inside
