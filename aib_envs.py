@@ -1236,7 +1236,9 @@ def gymnasium_spec(gymnasium_id):
     try:
         env = gymnasium.make(gymnasium_id)
     except ImportError as error:
-        reason = f"{error} (pip install {error.name})"
+        reason = str(error)
+        if error.name:
+            reason += f" (pip install {error.name})"
         raise BadEnvironment(f"gymnasium:{gymnasium_id}: {reason}") from None
     horizon = env.spec.max_episode_steps
     observations = env.observation_space
@@ -1689,8 +1691,9 @@ class ActuatorPermutation(gymnasium.ActionWrapper, RecordConstructorArgs):
 
 # Columns of dmash.py's tables, and arguments and options of the environments.
 RESERVED = (
-    "set step index return diverged self id env_id num_envs contexts context max_episode_steps "
-    "horizon render_mode seed options state target"
+    "run set step index return diverged self id env_id num_envs contexts context max_episode_steps "
+    "horizon render_mode seed options state target disable_env_checker vectorization_mode "
+    "vector_kwargs wrappers"
 ).split()
 
 
@@ -1733,6 +1736,8 @@ def register(
 def check_spec(env_id, spec):
     """ValueError, if the row means nothing or the class does not keep the contract of Task."""
     cls = spec.cls
+    if not (isinstance(env_id, str) and env_id.replace("-", "_").isidentifier()):
+        raise ValueError("must be letters, digits, - and _")
     known = ENVS.get(env_id)
     if known and (known.module, known.cls.__qualname__) != (spec.module, cls.__qualname__):
         raise ValueError(f"belongs to {known.cls.__qualname__} of the module {known.module}")

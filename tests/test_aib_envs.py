@@ -957,6 +957,14 @@ def test_register_says_what_is_wrong_with_a_class(registered):
     refused_row("Single has no two actuators", single, [GAIN, SWAP])
 
 
+@pytest.mark.parametrize("env_id", ["", "x:di_inv", "a b", "x\ny", None])
+def test_an_id_that_is_no_name_is_refused(env_id):
+    before = dict(aib_envs.ENVS)
+    with refused(f"environment {env_id!r}: must be letters, digits, - and _"):
+        aib_envs.register(env_id, aib_envs.ODE, aib_envs.coefficients(2), 50)
+    assert aib_envs.ENVS == before
+
+
 def test_register_says_what_means_nothing_in_a_row(registered):
     for wrong in (0, 30.5, True):
         refused_row(f"horizon={wrong!r}: must be a whole number of at least 1", horizon=wrong)
@@ -972,7 +980,7 @@ def test_register_says_what_means_nothing_in_a_row(registered):
         refused_dim(wider, extrapolation=extrapolation)
     refused_dim("gain=inf: must be a finite number", train=(0.5, math.inf))
     refused_dim("gain=-0.1: must be above 0", extrapolation=(-0.1, 2.0), positive=True)
-    reserved = "set step index return diverged horizon render_mode env_id seed state target"
+    reserved = "run set step index return diverged horizon render_mode env_id seed state wrappers"
     for name in ("a b", *reserved.split()):
         refused_dim(f"context {name!r}: the name is reserved, or no identifier", name=name)
 
@@ -1101,6 +1109,9 @@ def test_a_missing_library_of_gymnasium_s_is_named(monkeypatch):
     with refused("(pip install imageio)", BadEnvironment) as error:
         make("gymnasium:Hopper-v5")
     assert str(error.value).startswith("gymnasium:Hopper-v5: ")
+    with refused("gymnasium:nowhere:X-v0: ", BadEnvironment) as error:
+        make("gymnasium:nowhere:X-v0")
+    assert "pip install" not in str(error.value)
 
 
 def test_terminal_states_of_gymnasium_s_mujoco_tasks_are_told():
