@@ -88,6 +88,10 @@ def test_commands_have_flags_that_exist():
             assert given["env"] in aib_envs.ENVS
 
 
+def test_the_line_for_the_small_torch_stands_before_the_commands_that_need_it():
+    assert 0 < README.index("download.pytorch.org/whl/cpu") < README.index("pip install")
+
+
 def test_programs_and_links_are_there():
     for name in re.findall(r"`(\w+\.py)`", README.split("## Studies")[1]):
         assert (ROOT / "studies" / name).is_file(), name

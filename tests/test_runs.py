@@ -6,6 +6,7 @@ A run that was disturbed must equal, bit for bit, one that was not.
 import csv
 import dataclasses
 import gc
+import inspect
 import io
 import itertools
 import json
@@ -245,6 +246,27 @@ def test_importing_has_no_side_effect(tmp_path, capfd):
         assert not new & {"matplotlib", "OpenGL", "glfw"}, new"""
     subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, check=True, timeout=300)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_package_has_one_version_a_command_and_a_citation():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"dmash": "dmash:main"}
+    assert project["version"] == dmash.__version__
+    software, _, paper = (ROOT / "CITATION.cff").read_text().partition("preferred-citation:")
+    assert f'version: "{dmash.__version__}"' in software
+    assert "2602.06550" in paper
+
+
+def test_what_is_public_has_type_hints():
+    public = [dmash.Config, dmash.Policy, dmash.Policy.load, dmash.Policy.reset, dmash.Policy.act]
+    public += [dmash.load_policy, dmash.evaluate, aib_envs.make, aib_envs.context_sets]
+    public += [aib_envs.register, aib_envs.RandomContext, aib_envs.AddContext]
+    public += [aib_envs.ActuatorInversion, aib_envs.ActuatorPermutation]
+    public += [aib_envs.VectorEnv, aib_envs.ContextualEnv, aib_envs.ContextualVectorEnv]
+    for function in public:
+        for name, parameter in inspect.signature(function).parameters.items():
+            assert name == "self" or parameter.annotation is not parameter.empty, (function, name)
 
 
 def test_version_tells_the_code_and_no_other_project_s_commit(tmp_path, monkeypatch, capsys):
