@@ -136,7 +136,8 @@ def errors_and_pieces(f, n):
     """f(s, z) - s·z on a grid of [-1, 1]², and the number of the linear piece; (n, n) each."""
     line = torch.linspace(-1, 1, n, dtype=torch.float64)
     sz = torch.cartesian_prod(line, line)  # (n², 2)
-    error = f.double()(sz[:, :1], sz[:, 1:])[:, 0] - sz.prod(1)
+    s, z = sz.split(1, 1)
+    error = f.double()(s, z) - s * z
     units = torch.cat([f.trunk[0](sz), f.trunk(sz)], 1)  # both layers before their ReLU
     # On a piece the same units are on.
     _, piece = torch.unique(units > 0, dim=0, return_inverse=True)
@@ -305,19 +306,24 @@ def a6(seed, steps=1000, networks=8, n=10000):
     """
     d_x = min(range(1, 120), key=size_difference)
     sizes = [size(with_adapter()), size(with_concatenation(d_x))]
-    numbers = {"parameters, adapter and concatenation": sizes}
-    numbers["noise σ"] = SIGMAS
+    numbers = {"parameters, adapter and concatenation": sizes, "noise σ": SIGMAS}
     kinds = {"adapter": with_adapter, "concatenation": partial(with_concatenation, d_x)}
-    line = torch.linspace(-1.5, 1.5, 301)
+    line = torch.linspace(-1.5, 1.5, 301).expand(networks, -1).unsqueeze(-1)  # in steps of 1/100
     for task, draw_z in (("z = ±1", uniform_sign), ("−1 ≤ z ≤ 1", uniform)):
         for kind, make in kinds.items():
-            f = Ensemble([make() for _ in range(networks)], draw_z)
+            members = [make() for _ in range(networks)]
             torch.manual_seed(seed)  # the same data for both kinds
-            train(f.weights.values(), f.loss, steps, 3e-3)
-            errors = f.errors_under_noise(n)  # (σ, networks)
-            slopes = f.at_s_equal_1(line).diff().abs().amax(1) * 100  # the line's steps are 1/100
-            numbers[f"{task}, {kind}: E|f(s, z + σε) − s·z|"] = errors
-            numbers[f"{task}, {kind}: largest |∂f/∂z|, s = 1"] = slopes[None]
+            f = learn_product(members, draw_z, steps)
+            s = uniform(networks, n, 1)
+            z = draw_z(networks, n, 1)
+            noise = torch.randn_like(z)
+            errors = []
+            for sigma in SIGMAS:
+                error = f(s, z + sigma * noise) - s * z
+                errors.append(error.abs().mean((1, 2)))
+            slopes = f(torch.ones_like(line), line).diff(dim=1) * 100
+            numbers[f"{task}, {kind}: E|f(s, z + σε) − s·z|"] = torch.stack(errors)
+            numbers[f"{task}, {kind}: largest |∂f/∂z|, s = 1"] = slopes.abs().amax(1).T
     return numbers, None
 
 
@@ -341,42 +347,26 @@ def size_difference(d_x):
     return abs(size(with_concatenation(d_x)) - size(with_adapter()))
 
 
-class Ensemble:
-    """Networks of one kind, each with its own weights; trained and called side by side."""
+def learn_product(networks, draw_z, steps):
+    """Trains networks of one kind side by side, each on data of its own.
 
-    def __init__(self, networks, draw_z):
-        self.network = networks[0]
-        self.weights, _ = stack_module_state(networks)
-        self.count, self.draw_z = len(networks), draw_z
+    Returns them as a function f of s and z (networks, B, 1), which is (networks, B, 1).
+    """
+    weights, _ = stack_module_state(networks)
+    call = vmap(partial(functional_call, networks[0]))
 
-    def __call__(self, s, z):
-        """s and z (networks, B, 1) -> (networks, B, 1)."""
+    def loss():
+        s = uniform(len(networks), 64, 1)
+        z = draw_z(len(networks), 64, 1)
+        return (call(weights, (s, z)) - s * z).square().sum()
 
-        def one(weights, s, z):
-            return functional_call(self.network, weights, (s, z))
-
-        return vmap(one)(self.weights, s, z)
-
-    def draw(self, B):
-        return uniform(self.count, B, 1), self.draw_z(self.count, B, 1)
-
-    def loss(self):
-        s, z = self.draw(64)
-        return (self(s, z) - s * z).square().sum()
+    train(weights.values(), loss, steps, 3e-3)
 
     @torch.no_grad()
-    def errors_under_noise(self, n):
-        """E|f(s, z + σε) - s·z|: (σ, networks)."""
-        s, z = self.draw(n)
-        noise = torch.randn_like(z)
-        outputs = torch.stack([self(s, z + sigma * noise) for sigma in SIGMAS])
-        return (outputs - s * z).abs().mean((2, 3))
+    def f(s, z):
+        return call(weights, (s, z))
 
-    @torch.no_grad()
-    def at_s_equal_1(self, z):
-        """f(1, z) for z (B,): (networks, B)."""
-        z = z.expand(self.count, -1).unsqueeze(-1)
-        return self(torch.ones_like(z), z).squeeze(-1)
+    return f
 
 
 # ---- A.15: the parts of Variability -------------------------------------------------------------
@@ -431,27 +421,24 @@ def a17(seed, steps=(0, 100, 300, 1000), n=200):
     """
     five = torch.linspace(-1, 1, 5)
     c = torch.cartesian_prod(torch.tensor([-1.0, 1.0]), five, five)  # (50, 3): S, U, noise
-    codes = {
-        "Z": c * torch.tensor([1, 0.5, 0.5]),
-        "mean per mode": c * torch.tensor([1, 0, 0]),
-    }
-    traces = np.array([z.var(0, correction=0).sum() for z in codes.values()])
+    codes = c * torch.tensor([[[1, 0.5, 0.5]], [[1, 0, 0]]])  # (2, 50, 3): Z, its mean per mode
+    traces = codes.var(1, correction=0).sum(1).numpy()
     numbers = {"tr Cov(Z), of Z and of its mean per mode": traces}
     for kappa, title in ((0, "U without effect"), (0.8, "strength 1 + .8 U")):
         model = Steering(kappa)
-        loss = partial(model.batch_loss, codes["Z"], c)
+        loss = partial(model.batch_loss, codes[0], c)
         found = []
         for more in np.diff(steps, prepend=0):
             train(model.pi.parameters(), loss, more, 3e-3)
-            for z in codes.values():
+            for z in codes:
                 torch.manual_seed(seed)
                 found.append(moments(model.gradients(z, c, n), z))
         found = np.array(found).reshape(len(steps), len(codes), 3)
         variance, inner, lipschitz = found.transpose(2, 1, 0)  # (codes, steps) each
         bound = inner.max(0) + lipschitz.max(0) ** 2 * traces[:, None]
         after = f"after {list(steps)} steps"
-        for i, name in enumerate(codes):
-            what = f"{title}, {name}"
+        for i, code in enumerate(("Z", "mean per mode")):
+            what = f"{title}, {code}"
             numbers[f"{what}: tr Cov(G) {after}"] = variance[i]
             numbers[f"{what}: of it E tr Cov(G | Z) {after}"] = inner[i]
             numbers[f"{what}: bound {after}"] = bound[i]
@@ -489,7 +476,7 @@ class Steering(nn.Module):
 
     def gradients(self, z, c, n):
         """The loss's gradients by ξ of n single samples in each row of z, c: (rows, n, |ξ|)."""
-        weights = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        weights = self.pi.state_dict(prefix="pi.")
 
         def loss(weights, s, z, c):
             return functional_call(self, weights, (s[None], z[None], c[None]))
@@ -527,15 +514,11 @@ def show(x):
 
 
 def run_command(args):
-    names = args.names or list(THEOREMS)
-    for name in names:
-        if name not in THEOREMS:
-            raise dmash.BadInput(aib_envs.unknown("theorem", name, list(THEOREMS)))
     seed = dmash.number("--seed", args.seed, int, 0, 4294967295)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # these tensors are small
     text = ""
-    for name in names:
+    for name in THEOREMS if "all" in args.names else args.names:
         torch.manual_seed(seed)
         numbers, figure = THEOREMS[name](seed)
         lines = [f"    {what}: {show(x)}\n" for what, x in numbers.items()]
@@ -550,9 +533,8 @@ def run_command(args):
 def main(argv=None):
     """The command line. Returns the exit status."""
     layout = RawDescriptionHelpFormatter
-    parser = dmash.Parser(prog="theory.py", description=__doc__, formatter_class=layout)
-    names = ", ".join(THEOREMS)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{names} (default: all)")
+    parser = dmash.Parser("theory.py", description=__doc__, formatter_class=layout)
+    parser.add_argument("names", nargs="*", choices=[*THEOREMS, "all"], default="all")
     out = "results/inside/theory"
     parser.add_argument("--out", type=Path, default=out, help="folder (default: %(default)s)")
     parser.add_argument("--seed", default=1, help="of everything random (default: %(default)s)")

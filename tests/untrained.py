@@ -1,9 +1,12 @@
 """Small agents that were never trained, for the tests of studies that read policies and runs."""
 
+from pathlib import Path
+
 import torch
 
 import dmash
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(
     contexts=4, batch=16, threads=1, hidden=16, hyper_hidden=8, bottleneck=4, policy_average=0.01
 )
