@@ -18,6 +18,7 @@ prints the return before and after the switch. It needs matplotlib and half a mi
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,22 +38,24 @@ STEPS = 400  # of a film at most
 FRAMES = 200  # at most
 FPS = 25
 HOLD = 1500  # ms of the last frame
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # of modes, in the order they appear
-# By environment: the first state, and what is added to the state at each push, the signs in turns.
-START = {"cartpole_inv": [0.0, 0.2, 0.0, 0.0]}  # of cart and pole: m, rad, m/s, rad/s
-PUSH = {"cartpole_inv": [0.0, 0.0, 0.0, 1.0]}
+COLOURS = ["#0072B2", "#D55E00"]  # of the two modes
+# Of cartpole_inv: the first state of cart and pole in m, rad, m/s, rad/s; and what is added to the
+# state at each push, with the signs in turns.
+START = np.array([0.0, 0.2, 0.0, 0.0])
+PUSH = np.array([0.0, 0.0, 0.0, 1.0])
 EVERY = 100  # steps between pushes
 WORDS = {  # for the values of a context
-    "action_factor": {1: "normal", -1: "inverted"},
-    "swap": {0: "normal", 1: "swapped"},
-    "sign_x": {1: "x normal", -1: "x inverted"},
-    "sign_y": {1: "y normal", -1: "y inverted"},
+    ("action_factor", 1): "normal",
+    ("action_factor", -1): "inverted",
+    ("swap", 0): "normal",
+    ("swap", 1): "swapped",
 }
 
 
 class Film(NamedTuple):
     """T steps in N contexts. The switch comes before step T // 2."""
 
+    dt: float  # s, of a step
     contexts: list  # at each step, N dicts
     pictures: list  # at each step, N pairs of a View and Shapes
     z: np.ndarray  # (T, N, d_z), or None
@@ -87,28 +90,27 @@ def shoot(agent, contexts, steps, freeze=False):
 
     freeze: from the switch on, ω of the last instance stays what it was.
     """
-    env = agent.cfg.env
-    envs = aib_envs.VectorEnv(env, contexts, seed=0)
+    envs = aib_envs.VectorEnv(agent.cfg.env, contexts, seed=0)
     envs.rngs = [np.random.default_rng(0) for _ in contexts]
     agent = Freezer(agent)
     rollout = dmash.Rollout(agent, envs, noisy=False)
     rollout.begin_episode()
-    if env in START:
-        put(rollout, np.tile(START[env], (envs.N, 1)))
+    tilted = agent.cfg.env == "cartpole_inv"
+    if tilted:
+        put(rollout, np.tile(START, (envs.N, 1)))
     frames = []
     for t in range(steps):
         if t == steps // 2:
             switch(rollout)
             agent.frozen = freeze
-        if env in PUSH and t % EVERY == EVERY - 1:
-            push = np.array(PUSH[env]) * (-1) ** (t // EVERY)
-            put(rollout, envs.task.state() + push)
+        if tilted and t % EVERY == EVERY - 1:
+            put(rollout, envs.task.state() + PUSH * (-1) ** (t // EVERY))
         pictures = [envs.task.picture(i) for i in range(envs.N)]
         _, a, r, _ = rollout.step()
         frames.append((envs.task.contexts, pictures, agent.z, a, r))
     contexts, pictures, z, a, r = zip(*frames)
     z = None if z[0] is None else torch.stack(z).numpy()
-    return Film(contexts, pictures, z, torch.stack(a).numpy(), torch.stack(r).numpy())
+    return Film(envs.task.dt, contexts, pictures, z, torch.stack(a).numpy(), torch.stack(r).numpy())
 
 
 def put(rollout, state):
@@ -135,19 +137,19 @@ def boxes(film, ratio):
     A picture is `ratio` times as wide as high. It shows all that ever moves. Of what goes far, it
     shows the environment's own view, which follows.
     """
-    views = [[view for view, _ in row] for row in film.pictures]
-    width = views[0][0].width
-    shapes = [shape for row in film.pictures for _, shapes in row for shape in shapes]
-    # Not the ground:
-    short = [shape for shape in shapes if np.linalg.norm(shape.end - shape.start) < 5 * width]
-    points = np.concatenate([outline(shape) for shape in short])
-    low, high = points.min(0), points.max(0)
+    width = film.pictures[0][0][0].width
+    centres, points = [], []
+    for view, shapes in chain(*film.pictures):
+        centres.append(view.centre)
+        for shape in shapes:
+            if np.linalg.norm(shape.end - shape.start) < 5 * width:  # not the ground
+                points.append(outline(shape))
+    centres = np.reshape(centres, (*film.r.shape, 2))
+    size = np.full(2, width)
+    low, high = np.min(points, (0, 1)), np.max(points, (0, 1))
     if max(high - low) < 1.5 * width:
-        centres = np.broadcast_to((low + high) / 2, (*film.r.shape, 2))
+        centres[:] = (low + high) / 2
         size = 1.1 * (high - low)
-    else:
-        centres = np.array([[view.centre for view in row] for row in views])
-        size = np.full(2, width)
     size = np.maximum(size, size[::-1] * (ratio, 1 / ratio))
     return np.stack([centres - size / 2, centres + size / 2], -2)
 
@@ -156,81 +158,76 @@ def label(context):
     """The context in words, the mode first."""
     modes, others = [], []
     for name, value in context.items():
-        word = WORDS.get(name, {}).get(value)
-        if word is None:
-            others.append(f"{name} {value:.3g}")
+        if (name, value) in WORDS:
+            modes.append(WORDS[name, value])
         else:
-            modes.append(word)
+            others.append(f"{name} {value:.3g}")
     return ", ".join(modes + others)
 
 
 class Screen:
     """The figure of a film, a column per context. `at` draws it as it stands after step t."""
 
-    def __init__(self, film, env_id, dt, title, notes):
+    def __init__(self, film, title, notes):
         T, N = film.r.shape
-        self.film, self.dt, self.half, self.notes = film, dt, T // 2, notes
-        self.dim = mirrored_dim(env_id).name
-        ends = [*film.contexts[0], *film.contexts[-1]]
-        self.modes = list(dict.fromkeys(context[self.dim] for context in ends))
+        self.film, self.half, self.notes = film, T // 2, notes
         self.returns = film.r.cumsum(0)  # (T, N)
         heights = {"picture": 3, "z": 1.4, "action": 1, "return": 1}
         if film.z is None:
             del heights["z"]
         figure = Figure(figsize=(3 + 3 * N, 2.4 + len(heights)), dpi=100, layout="constrained")
-        self.canvas = FigureCanvasAgg(figure)
-        options = dict(squeeze=False, sharey="row", height_ratios=list(heights.values()))
-        grid = figure.subplots(len(heights), N, **options)
         figure.suptitle(title, fontsize=13)
-        self.columns = [dict(zip(heights, column)) for column in grid.T]
-        for column in self.columns:
-            self.prepare(column, T * dt)
-        for name, panel in self.columns[0].items():
-            if name != "picture":
-                panel.set_ylabel(name, fontsize=12)
+        self.canvas = FigureCanvasAgg(figure)
+        options = dict(sharey="row", height_ratios=list(heights.values()))
+        rows = figure.subplots(len(heights), N, **options)
+        self.pictures, *rows = rows
+        self.panels = dict(zip(list(heights)[1:], rows))  # by name: a row of panels
+        self.prepare(T * film.dt)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # From now on, nothing moves.
-        size = self.columns[0]["picture"].get_window_extent()
+        size = self.pictures[0].get_window_extent()
         self.boxes = boxes(film, size.width / size.height)
         self.drawn = []  # what the next picture replaces
 
-    def prepare(self, column, seconds):
-        """Labels and limits of a column."""
-        picture, last = column["picture"], column["return"]
-        picture.set_title(" ", fontsize=14, fontweight="bold")
-        picture.set_xlabel("position, m")
-        picture.tick_params(left=False, labelleft=False)
-        column["action"].set_ylim(-1.15, 1.15)
-        low, high = min(0, self.returns.min()), max(self.returns.max(), 1e-9)
-        last.set(xlabel="time, s", ylim=(low, high + 0.2 * (high - low)))
-        for name, panel in column.items():
-            if name != "picture":
+    def prepare(self, seconds):
+        """Labels and limits. Panels of a row have their vertical axis in common."""
+        for picture in self.pictures:
+            picture.set_title(" ", fontsize=14, fontweight="bold")
+            picture.set_xlabel("position, m")
+            picture.tick_params(left=False, labelleft=False)
+        for name, row in self.panels.items():
+            row[0].set_ylabel(name, fontsize=12)
+            for panel in row:
                 panel.set_xlim(0, seconds)
                 panel.tick_params(labelbottom=name == "return")
+        self.panels["action"][0].set_ylim(-1.15, 1.15)
+        low, high = min(0, self.returns.min()), max(self.returns.max(), 1e-9)
+        for panel in self.panels["return"]:
+            panel.set(xlabel="time, s", ylim=(low, high + 0.2 * (high - low)))
 
     def colour(self, t, i):
-        mode = self.modes.index(self.film.contexts[t][i][self.dim])
-        return COLOURS[mode % len(COLOURS)]
+        """Of the mode: columns begin in one and the other in turns, and a switch exchanges them."""
+        return COLOURS[(i + (t >= self.half)) % 2]
 
     def at(self, t):
         """An array (height, width, 3)."""
         for artist in self.drawn:
             artist.remove()
         self.drawn = []
-        for i, column in enumerate(self.columns):
-            self.draw_picture(t, i, column["picture"])
-            self.draw_return_and_actions(t, i, column)
-            if "z" in column:
-                self.draw_z(t, i, column["z"])
-            if t >= self.half:
-                for panel in list(column.values())[1:]:
-                    mark = panel.axvline(self.half * self.dt, color="black", linestyle="--")
-                    self.drawn.append(mark)
+        for i in range(len(self.notes)):
+            self.draw_picture(t, i)
+            self.draw_return_and_actions(t, i)
+            if self.film.z is not None:
+                self.draw_z(t, i)
+        if t >= self.half:
+            for panel in chain(*self.panels.values()):
+                mark = panel.axvline(self.half * self.film.dt, color="black", linestyle="--")
+                self.drawn.append(mark)
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
-    def draw_picture(self, t, i, panel):
-        colour = self.colour(t, i)
+    def draw_picture(self, t, i):
+        panel, colour = self.pictures[i], self.colour(t, i)
         (left, bottom), (right, top) = self.boxes[t, i]
         panel.set(xlim=(left, right), ylim=(bottom, top))
         panel.title.set(text=label(self.film.contexts[t][i]) + self.notes[i], color=colour)
@@ -249,45 +246,41 @@ class Screen:
         """Writes at the panel's upper left corner."""
         self.drawn.append(panel.text(0.02, 0.92, text, va="top", transform=panel.transAxes, **look))
 
-    def draw_return_and_actions(self, t, i, column):
-        self.write(column["return"], f"{self.returns[t, i]:.0f}", fontsize=11)
-        self.draw_curve(t, i, column["return"], self.returns[:, i], 1.0)
-        for j, values in enumerate(self.film.a[:, i].T):
-            self.draw_curve(t, i, column["action"], values, 1.0 if j == 0 else 0.4)
+    def draw_return_and_actions(self, t, i):
+        self.write(self.panels["return"][i], f"{self.returns[t, i]:.0f}", fontsize=11)
+        self.draw_curve(t, i, "return", self.returns[:, i])
+        first, *others = self.film.a[:, i].T
+        self.draw_curve(t, i, "action", first)
+        for values in others:
+            self.draw_curve(t, i, "action", values, alpha=0.4)
 
-    def draw_curve(self, t, i, panel, values, alpha):
+    def draw_curve(self, t, i, name, values, alpha=1.0):
         """Up to step t, before and after the switch in the colours of the modes."""
         times = np.arange(t + 1)
-        for part in (times[: self.half], times[self.half :]):
-            if len(part) > 0:
-                look = dict(color=self.colour(part[0], i), alpha=alpha, linewidth=1.6)
-                self.drawn += panel.plot(part * self.dt, values[part], **look)
+        for step, part in ((0, times[: self.half]), (self.half, times[self.half :])):
+            look = dict(color=self.colour(step, i), alpha=alpha, linewidth=1.6)
+            self.drawn += self.panels[name][i].plot(part * self.film.dt, values[part], **look)
 
-    def draw_z(self, t, i, panel):
-        z = self.film.z[:, i].copy()  # (T, d_z)
-        z[t + 1 :] = np.nan
-        T, d_z = z.shape
+    def draw_z(self, t, i):
+        panel, z = self.panels["z"][i], self.film.z[: t + 1, i]  # (t + 1, d_z)
+        d_z = z.shape[1]
         look = dict(vmin=self.film.z.min(), vmax=self.film.z.max(), interpolation="nearest")
-        extent = 0, T * self.dt, d_z + 0.5, 0.5
+        extent = 0, (t + 1) * self.film.dt, d_z + 0.5, 0.5
         self.drawn.append(panel.imshow(z.T, aspect="auto", extent=extent, **look))
         panel.set_yticks([1, d_z])
 
 
-def save(screen, T, path):
+def save(screen, stride, path):
     """One palette for all frames, without dithering: what stands still does not flicker."""
+    T = len(screen.film.r)
     some = np.concatenate([screen.at(t) for t in (0, T // 2, T - 1)])
     palette = Image.fromarray(some).quantize(128, Image.Quantize.MAXCOVERAGE)
     images = []
-    for t in range(0, T, stride(T)):
+    for t in range(0, T, stride):
         images.append(Image.fromarray(screen.at(t)).quantize(palette=palette, dither=0))
     duration = [1000 // FPS] * (len(images) - 1) + [HOLD]
     others = dict(append_images=images[1:], duration=duration, loop=0, optimize=True)
     images[0].save(path, save_all=True, **others)
-
-
-def stride(T):
-    """Steps from frame to frame."""
-    return -(-T // FRAMES)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -302,27 +295,25 @@ def both_contexts(env_id):
 
 
 def run_command(args):
-    run = Path(args.run)
-    path = (run if run.is_dir() else run.parent) / "film.gif"
-    if args.out is not None:
-        path = Path(args.out)
+    path = args.out
     if path.suffix != ".gif":
         raise dmash.BadInput(f"--out {path}: must end in .gif")
-    cfg, agent = dmash.load_policy(run)
+    cfg, agent = dmash.load_policy(args.run)
     contexts = both_contexts(cfg.env)
     notes = ["", ""]
-    if agent.g is not None:
+    infers = agent.g is not None
+    if infers:
         contexts.append(contexts[0])
         notes.append(", ω frozen")
-    spec = aib_envs.lookup(cfg.env)
-    dt = spec.cls(contexts).dt
-    steps = min(STEPS, spec.horizon)
+    steps = min(STEPS, aib_envs.lookup(cfg.env).horizon)
+    half = steps // 2
+    stride = -(-steps // FRAMES)  # steps from frame to frame
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    film = shoot(agent, contexts, steps, freeze=agent.g is not None)
-    half, speed = steps // 2, stride(steps) * dt * FPS
-    title = f"{agent.method.paper} on {cfg.env}, weights fixed: switch at {half * dt:.2g} s"
-    save(Screen(film, cfg.env, dt, f"{title} (speed × {speed:.2g})", notes), steps, path)
+    film = shoot(agent, contexts, steps, freeze=infers)
+    title = f"{agent.method.paper} on {cfg.env}, weights fixed: switch at {half * film.dt:.2g} s"
+    title += f" (speed × {stride * film.dt * FPS:.2g})"
+    save(Screen(film, title, notes), stride, path)
     for i, note in enumerate(notes):
         before, after = label(film.contexts[0][i]), label(film.contexts[-1][i]) + note
         a, b = film.r[:half, i].sum(), film.r[half:, i].sum()
@@ -335,7 +326,8 @@ def main(argv=None):
     layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = dmash.Parser("film.py", description=__doc__, **layout)
     parser.add_argument("run", metavar="RUN", help="run folder or policy file")
-    parser.add_argument("--out", metavar="FILE.gif", help="default: film.gif beside the policy")
+    out = "default: %(default)s"
+    parser.add_argument("--out", type=Path, default="film.gif", metavar="FILE.gif", help=out)
     return dmash.exit_status("film.py", lambda: run_command(parser.parse_args(argv)))
 
 
