@@ -61,39 +61,40 @@ class Space:
 
     def __init__(self, env):
         spec = aib_envs.lookup(env)
-        self.horizon = spec.horizon
+        self.env, self.horizon = env, spec.horizon
         self.binary = [dim for dim in spec.context if dim.binary]
         self.continuous = [dim for dim in spec.context if not dim.binary]
-        self.names = [dim.name for dim in self.continuous]
-        modes = itertools.product(*[dim.train for dim in self.binary])
-        self.modes = [dict(zip([dim.name for dim in self.binary], mode)) for mode in modes]
         if not self.continuous:
             raise dmash.BadInput(f"{env}: has no continuous context, which this program needs")
+        names = [dim.name for dim in self.binary]
+        modes = itertools.product(*[dim.train for dim in self.binary])
+        self.modes = [dict(zip(names, mode)) for mode in modes]
         self.first = self.continuous[0]
         low, high = self.first.train
         self.few = self.mesh(PAPER.get(self.first.name, (low, (low + high) / 2, high)))
 
-    def context(self, mode, values):
-        """A mode, {} without binary contexts, with values of the continuous contexts."""
-        return dict(zip(self.names, map(float, values))) | mode
+    def context(self, mode, *values):
+        """A mode, {} without binary contexts, with values of the first continuous contexts."""
+        names = [dim.name for dim in self.continuous]
+        return aib_envs.full_context(self.env, mode | dict(zip(names, values)))
 
     def mesh(self, values):
-        """Each mode with each value of the first continuous dimension; the others at default."""
-        rest = [dim.default for dim in self.continuous[1:]]
-        return [self.context(mode, [value, *rest]) for mode in self.modes for value in values]
+        """Each mode with each value of the first continuous context; the others at default."""
+        return [self.context(mode, value) for mode in self.modes for value in values]
 
     def split(self, contexts):
         """S and U: the number of the mode (n,) and the continuous values (n, d_u)."""
-        modes = [{dim.name: context[dim.name] for dim in self.binary} for context in contexts]
-        s = [self.modes.index(mode) for mode in modes]
-        u = [[context[name] for name in self.names] for context in contexts]
+        s, u = [], []
+        for context in contexts:
+            s.append(self.modes.index({dim.name: context[dim.name] for dim in self.binary}))
+            u.append([context[dim.name] for dim in self.continuous])
         return np.array(s), np.array(u)
 
     def draw(self, which, n, rng):
         """n contexts of a set: the modes take turns, continuous values are uniform."""
         columns = [draw_values(dim, which, n, rng) for dim in self.continuous]
         modes = itertools.cycle(self.modes)
-        return [self.context(mode, values) for mode, values in zip(modes, zip(*columns))]
+        return [self.context(mode, *values) for mode, values in zip(modes, zip(*columns))]
 
 
 def draw_values(dim, which, n, rng):
@@ -135,7 +136,7 @@ def gather(agent, contexts, episodes, steps, *seed):
         if t % agent.cfg.K == 0:
             with torch.no_grad():
                 z, _ = agent.infer(rollout.replay.latest(False), False)
-            codes.append(z.cpu().numpy())
+            codes.append(z.numpy())
         if t + 1 < steps:
             rollout.step()
     codes = np.concatenate(codes).reshape(-1, len(contexts), agent.cfg.d_z)
@@ -152,8 +153,8 @@ def variability(agent, space, which):
     return dict(zip(("variability", "noise", "spread", "separation"), values))
 
 
-def information(agent, space, which, n):
-    """Estimates of information; and n contexts with their codes (n, d_z)."""
+def measure(agent, space, which, n):
+    """Variability, its parts, estimates of information; and n contexts with codes (n, d_z)."""
     # A context gives only one window. A second one, with the same U, would be the first one's
     # neighbour in U however coarse z is, and the estimate would be too high.
     index = dmash.SETS.index(which)
@@ -164,7 +165,7 @@ def information(agent, space, which, n):
     if agent.method.output_norm:
         # SimNorm: each group sums to 1, so one number of each tells nothing new.
         z = codes.reshape(n, -1, agent.g.GROUP)[..., :-1].reshape(n, -1)
-    found = {}
+    found = variability(agent, space, which)
     c = u
     if space.binary:
         found["I(Z;S)"] = mutual_information.discrete(z, s)
@@ -189,11 +190,11 @@ def undone(agent, space):
     rng = np.random.default_rng(agent.cfg.seed)
     s = visited[rng.choice(len(visited), 100, replace=False)]
     a = agent.act(s.repeat(rollout.envs.N, 1), omega, False)  # each row of omega serves all of s
-    a = a.cpu().numpy().reshape(2, len(values), EPISODES, len(s), -1)
+    a = a.numpy().reshape(2, len(values), EPISODES, len(s), -1)
     low, high = space.first.train
     one, other = a[:, (low <= values) & (values <= high)]
     if space.binary[0].name == "swap":
-        other = other[..., [1, 0, *range(2, other.shape[-1])]]
+        other = other[..., ::-1]
     else:
         other = -other
     return {"undone": (one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum())}
@@ -222,9 +223,9 @@ def cross_table(agent, contexts):
     own = np.zeros(beside.envs.N)
     while not beside.done:
         _, _, r, omega = beside.step()
-        own += r.cpu().numpy()
+        own += r.numpy()
         a = agent.act(beside.tensor(s), omega, False)  # each row of omega serves all c
-        s, r, _ = envs.step(a.cpu().numpy())
+        s, r, _ = envs.step(a.numpy())
         s = np.nan_to_num(s)  # where a simulation diverged
         returns += np.nan_to_num(r)
     returns = returns.reshape(CROSS_EPISODES, n, n).transpose(2, 1, 0)
@@ -239,23 +240,25 @@ def with_best(returns):
     return (odd[c, even.argmax(1)].mean() + even[c, odd.argmax(1)].mean()) / 2
 
 
-def returns_beside(path, step):
-    """The returns at a step by the metrics.csv beside a policy or one folder above, if any."""
+def returns_of(path, step):
+    """The returns at a step by the metrics.csv of the run folder that a policy lies in, if any."""
     folder = path if path.is_dir() else path.parent
-    for file in (folder / "metrics.csv", folder.parent / "metrics.csv"):
-        if file.is_file():
-            for row in csv.DictReader(file.read_text().splitlines()):
-                if int(row["step"]) == step:
-                    return {name: float(row[name]) for name in dmash.SETS}
+    if folder.name == "policies":
+        folder = folder.parent
+    file = folder / "metrics.csv"
+    if file.is_file():
+        for row in csv.DictReader(file.read_text().splitlines()):
+            if int(row["step"]) == step:
+                return {name: float(row[name]) for name in dmash.SETS}
     return {}
 
 
 # ---- The table of a run -------------------------------------------------------------------------
 
 
-def rows_of(step, which, numbers, context="", other=""):
+def rows_of(step, which, numbers):
     """Rows (step, set, quantity, context, other, value)."""
-    return [(step, which, name, context, other, value) for name, value in numbers.items()]
+    return [(step, which, name, "", "", value) for name, value in numbers.items()]
 
 
 def matrix_rows(step, quantity, matrix, space):
@@ -265,7 +268,7 @@ def matrix_rows(step, quantity, matrix, space):
         names.append(", ".join(f"{name} {value:g}" for name, value in context.items()))
     rows = []
     for (i, j), value in np.ndenumerate(matrix):
-        rows += rows_of(step, "", {quantity: value}, names[i], names[j])
+        rows.append((step, "", quantity, names[i], names[j], value))
     s, _ = space.split(space.few)
     same = s[:, None] == s
     means = {f"{quantity}, same mode": matrix[same & ~np.eye(len(s), dtype=bool)].mean()}
@@ -276,18 +279,16 @@ def matrix_rows(step, quantity, matrix, space):
 
 def look(path, agent, space, windows):
     """The rows of a run, and the figure of its codes, if it has any."""
-    step = agent.step
-    few = space.few
-    rows = []
-    figure = None
-    for which, value in returns_beside(path, step).items():
+    step, few = agent.step, space.few
+    rows, figure = [], None
+    for which, value in returns_of(path, step).items():
         rows += rows_of(step, which, {"return": value})
     if agent.g is not None:
         samples = {}
         for which in dmash.SETS:
-            found, contexts, codes = information(agent, space, which, windows)
-            rows += rows_of(step, which, variability(agent, space, which) | found)
-            samples[which] = (contexts, codes)
+            found, contexts, codes = measure(agent, space, which, windows)
+            rows += rows_of(step, which, found)
+            samples[which] = contexts, codes
         mean = gather(agent, few, EPISODES, space.horizon, 4).mean(1)  # (n, d_z)
         mean /= np.linalg.norm(mean, axis=1, keepdims=True)
         cosines = mean @ mean.T
@@ -302,11 +303,11 @@ def look(path, agent, space, windows):
         "return, best": with_best(returns),
     }
     rows += rows_of(step, "", means) + matrix_rows(step, "return", cells, space)
-    if agent.g is not None and (path / "policies").is_dir():
+    if agent.g is not None:
         for file in sorted((path / "policies").glob("*.pt"), key=lambda file: int(file.stem)):
             _, agent = dmash.load_policy(file)
-            found, _, _ = information(agent, space, "train", max(windows // 4, 100))
-            rows += rows_of(agent.step, "snapshot", variability(agent, space, "train") | found)
+            found, _, _ = measure(agent, space, "train", max(windows // 4, 100))
+            rows += rows_of(agent.step, "snapshot", found)
     return rows, figure
 
 
@@ -319,9 +320,7 @@ def read(places):
     for place in map(Path, places):
         cfg, agent = dmash.load_policy(place)
         name = dmash.run_folder(cfg).name
-        if place.is_file() and place.name != "policy.pt":
-            name += f"__{agent.step}"
-        if name in runs:  # with other settings
+        if name in runs:  # at another step, or with other settings
             name += f"__{len(runs) + 1}"
         runs[name] = (place, agent, Space(cfg.env))
     return runs

@@ -6,10 +6,6 @@ from figures import Figure
 MARKERS = "ovsD"
 
 
-def mode_label(mode):
-    return ", ".join(f"{name} {value:g}" for name, value in mode.items()) or "all contexts"
-
-
 def heat_map(ax, matrix, space):
     """A matrix of the few contexts as colours and numbers."""
     low = min(0, matrix.min())
@@ -43,7 +39,8 @@ def codes(space, cosines, samples):
         for i, mode in enumerate(space.modes):
             own = s == i
             points = ax.scatter(x[own], y[own], c=u[own], marker=MARKERS[i % 4], **colours)
-            points.set_label(mode_label(mode))
+            label = ", ".join(f"{name} {value:g}" for name, value in mode.items())
+            points.set_label(label or "all contexts")
         figure.colorbar(points, ax=ax, label=space.first.name)
         ax.set(title=f"z, {which}", ylabel=f"second component ({share[1]:.0%})")
         ax.set_xlabel(f"first component ({share[0]:.0%} of variance, train)")

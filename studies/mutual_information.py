@@ -1,16 +1,18 @@
-"""Mutual information by k nearest neighbours, and Variability. No program; numpy alone.
+"""Mutual information by k nearest neighbours, and Variability; no program.
 
 Estimates are in nats, from n independent samples. Where there is little information they scatter
 about 0 and may lie below it. With n samples they resolve about ln n and underestimate more.
 """
 
+import math
+
 import numpy as np
+import torch
 
 
 def digamma(n):
-    """ψ(n) of an array of whole numbers n ≥ 1: 1 + 1/2 + … + 1/(n - 1) minus Euler's constant."""
-    sums = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, n.max() + 1))])
-    return sums[n - 1] - np.euler_gamma
+    """ψ of a number, or of an array of them."""
+    return torch.digamma(torch.as_tensor(n, dtype=torch.float64)).numpy()
 
 
 def distances(x, rng):
@@ -22,12 +24,9 @@ def distances(x, rng):
     x = np.asarray(x, dtype=np.float64)
     spread = x.std(0)
     x = (x - x.mean(0)) / np.where(spread > 0, spread, 1)
-    x = x + 1e-10 * rng.standard_normal(x.shape)
-    d = np.zeros((len(x), len(x)))
-    for column in x.T:
-        np.maximum(d, np.abs(column[:, None] - column), out=d)
-    np.fill_diagonal(d, np.inf)
-    return d
+    x = torch.from_numpy(x + 1e-10 * rng.standard_normal(x.shape))
+    d = torch.cdist(x, x, p=math.inf)
+    return d.fill_diagonal_(math.inf).numpy()
 
 
 def to_neighbour(k, d):
@@ -48,8 +47,7 @@ def continuous(x, y, k=3):
     near_x = (x < reach).sum(1) + 1
     near_y = (y < reach).sum(1) + 1
     within = digamma(near_x) + digamma(near_y)
-    psi = digamma(np.array([k, len(x)]))
-    return float(psi.sum() - within.mean())
+    return float(digamma(k) + digamma(len(x)) - within.mean())
 
 
 def discrete(x, labels, k=3):
@@ -60,8 +58,7 @@ def discrete(x, labels, k=3):
         own = labels == label
         reach = to_neighbour(k, d[own][:, own])  # among samples of the same label
         terms[own] = digamma(own.sum()) + digamma((d[own] <= reach).sum(1))
-    psi = digamma(np.array([k, len(d)]))
-    return float(psi.sum() - terms.mean())
+    return float(digamma(k) + digamma(len(d)) - terms.mean())
 
 
 def means(z, labels):

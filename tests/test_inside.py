@@ -6,17 +6,15 @@ import itertools
 import math
 import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from untrained import ROOT, refusal, save_untrained, untrained
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "studies"))
 import inside  # noqa: E402
 import mutual_information  # noqa: E402
-from untrained import refusal, save_untrained, untrained  # noqa: E402
 
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
@@ -29,12 +27,9 @@ def test_information_of_gaussians(rho):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2000, 2))
     y = rho * x + math.sqrt(1 - rho**2) * rng.normal(size=(2000, 2))
-    constant = np.full((2000, 1), 3.0)
-    rescaled = np.hstack([1000 * y + 7, constant])
-    expected = -math.log(1 - rho**2)
-    for other in (y, rescaled):
-        found = mutual_information.continuous(x, other)
-        assert found == pytest.approx(expected, abs=0.08)
+    rescaled = np.hstack([1000 * y + 7, np.full((2000, 1), 3.0)])  # and a constant
+    found = mutual_information.continuous(x, rescaled)
+    assert found == pytest.approx(-math.log(1 - rho**2), abs=0.08)
 
 
 @pytest.mark.parametrize("apart", [0.0, 1.0, 50.0])
@@ -54,11 +49,8 @@ def test_information_of_a_binary_mode(apart):
 def test_a_mode_in_a_continuous_vector_adds_its_information():
     """I(Z;C) by the chain rule, as inside.csv lets a reader check."""
     rng = np.random.default_rng(3)
-    s = np.arange(2000) % 2
-    u = rng.uniform(size=2000)
-    noise = [0.1, 0.01] * rng.normal(size=(2000, 2))
-    c = np.stack([u, s], -1)
-    z = c + noise
+    c = np.stack([rng.uniform(size=2000), np.arange(2000) % 2], -1)
+    z = c + [0.1, 0.01] * rng.normal(size=(2000, 2))
     whole = mutual_information.continuous(z, c)
     within = [mutual_information.continuous(z[m::2], c[m::2]) for m in (0, 1)]
     assert whole == pytest.approx(math.log(2) + np.mean(within), abs=0.05)
@@ -74,12 +66,10 @@ def test_variability_and_its_parts():
     def trace(x):
         return np.trace(np.cov(x.T, bias=True)) / 8
 
-    contexts = [c == i for i in range(6)]
-    modes = [s == 0, s == 1]
-    means = np.stack([z[own].mean(0) for own in contexts])[c]  # (400, 8)
-    noise = sum(own.mean() * trace(z[own]) for own in contexts)
-    spread = sum(own.mean() * trace(means[own]) for own in modes)
-    separation = trace(np.stack([z[own].mean(0) for own in modes])[s])
+    means = np.stack([z[c == i].mean(0) for i in range(6)])[c]  # (400, 8)
+    noise = sum(np.mean(c == i) * trace(z[c == i]) for i in range(6))
+    spread = sum(np.mean(s == i) * trace(means[s == i]) for i in range(2))
+    separation = trace(np.stack([z[s == i].mean(0) for i in range(2)])[s])
     found = mutual_information.variability(z, s, c)
     assert found == pytest.approx((trace(z), noise, spread, separation), rel=1e-9)
 
@@ -89,15 +79,14 @@ def test_variability_and_its_parts():
 
 def test_windows_are_those_of_their_context():
     """In the double integrator a window tells its context: mass times sign = .1 a / δv."""
-    agent = untrained("dma_star_sh")
+    agent = untrained("dma_star_sh", d_z=4)
     windows = []
 
     def infer(tau, noisy, c=None):
         windows.append(tau)
         ratios = 0.1 * tau[..., 4:6] / tau[..., 8:10]
         ratio = ratios.flatten(1).median(1).values
-        z = torch.stack([ratio.abs(), ratio.sign()], -1).repeat(1, 4)
-        return z, None
+        return torch.stack([ratio.abs(), ratio.sign()] * 2, -1), None
 
     agent.infer = infer
     pushes = itertools.cycle((0.5, -0.5))  # never at the largest speed
@@ -128,9 +117,8 @@ def test_contexts_are_drawn_from_their_sets(env):
                 low, high = dim.extrapolation
             else:
                 assert trained.all()
-            edge = 0.02 * (high - low)
-            assert low <= x.min() < low + edge
-            assert high - edge < x.max() <= high
+            assert low <= x.min() and x.max() <= high
+            assert np.ptp(x) > 0.96 * (high - low)
             # Uniform: as much as lies below the middle of the range.
             share = 0.4 / 0.88 if low == 0.1 else 0.5
             assert np.mean(x < (low + high) / 2) == pytest.approx(share, abs=0.05)
@@ -146,10 +134,9 @@ def test_a_softmax_of_four_numbers_counts_as_three(method, size, monkeypatch):
 
     monkeypatch.setattr(mutual_information, "continuous", estimate)
     monkeypatch.setattr(mutual_information, "discrete", estimate)
-    _, _, codes = inside.information(untrained(method), inside.Space("di_inv"), "train", 20)
+    _, _, codes = inside.measure(untrained(method), inside.Space("di_inv"), "train", 20)
     assert codes.shape == (20, 8)  # whole, to be drawn
-    one_mode = (10, size, 10)
-    assert seen == [(20, size, 20), one_mode, one_mode, (20, size, 20)]
+    assert seen == [(20, size, 20), (10, size, 10), (10, size, 10), (20, size, 20)]
 
 
 @pytest.mark.parametrize("env", ["di_inv", "di_perm"])
@@ -180,12 +167,11 @@ def test_a_cell_of_the_cross_table_is_acting_in_one_context_told_of_another(monk
         envs = aib_envs.VectorEnv("di_inv", [contexts[c]], seed=0)
         envs.rngs = [np.random.default_rng([agent.cfg.seed, 3, episode, c])]
         s = envs.reset()
-        total = 0.0
-        done = False
-        c_told = torch.tensor([list(contexts[told].values())])
-        while not done:
+        total = 0
+        for _ in range(envs.horizon):
+            c_told = torch.tensor([list(contexts[told].values())])
             a = agent.act(torch.from_numpy(s), c_told, noisy=False)
-            s, r, done = envs.step(a.numpy())
+            s, r, _ = envs.step(a.numpy())
             total += r.item()
         assert returns[c, told, episode] == pytest.approx(total, abs=1e-3)
     # Where c is given, nothing is inferred: acting beside is acting in the same context.
@@ -221,25 +207,36 @@ def test_all_files_are_written(tmp_path, rows_of):
     names = {"inside.csv", f"{ours.name}_codes.png"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     values = {}
+    cosines = []
     for row in rows:
-        key = row["run"], row["step"], row["set"], row["quantity"]
-        values[key] = float(row["value"])
-
-    def value(step, which, quantity):
-        return values[ours.name, step, which, quantity]
-
+        if row["run"] == ours.name:
+            values[row["step"], row["set"], row["quantity"]] = float(row["value"])
+            if row["quantity"] == "cosine":
+                cosines.append(row)
     for which in dmash.SETS:
-        parts = [value("0", which, part) for part in ("noise", "spread", "separation")]
-        assert value("0", which, "variability") == pytest.approx(sum(parts), abs=1e-6)
-    assert value("20", "snapshot", "I(Z;S)") == value("100", "snapshot", "I(Z;S)")
-    assert value("0", "eval_out", "return") == 3
-    assert inside.returns_beside(ours / "policies/20.pt", 20)["train"] == 4
-    cells = [row for row in rows if row["run"] == ours.name and row["quantity"] == "cosine"]
-    assert len(cells) == 36
-    assert {row["value"] for row in cells if row["context"] == row["other"]} == {"1"}
+        parts = [values["0", which, part] for part in ("noise", "spread", "separation")]
+        assert values["0", which, "variability"] == pytest.approx(sum(parts), abs=1e-6)
+    assert values["20", "snapshot", "I(Z;S)"] == values["100", "snapshot", "I(Z;S)"]
+    assert values["0", "eval_out", "return"] == 3
+    assert len(cosines) == 36
+    assert {row["value"] for row in cosines if row["context"] == row["other"]} == {"1"}
     of_da = {row["quantity"] for row in rows if row["run"] == da.name}
     assert of_da >= {"undone", "return, best", "return, other mode"}
     assert not of_da & {"variability", "cosine", "I(Z;C)"}
+
+
+def test_returns_are_those_of_the_run_folder_of_a_policy(tmp_path):
+    """And not of the folder above, whose table may be that of all runs."""
+    run = tmp_path / "run"
+    policy = run / "policies" / "20.pt"
+    policy.parent.mkdir(parents=True)
+    policy.touch()
+    table = tmp_path / "metrics.csv"
+    table.write_text("step,train,eval_in,eval_out\n0,1,2,3\n20,4,5,6\n")
+    assert inside.returns_of(run, 20) == {}
+    table.rename(run / "metrics.csv")
+    for place in (run, policy):
+        assert inside.returns_of(place, 20) == {"train": 4, "eval_in": 5, "eval_out": 6}
 
 
 def test_an_environment_with_one_mode(tmp_path, rows_of):
@@ -251,17 +248,17 @@ def test_an_environment_with_one_mode(tmp_path, rows_of):
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     folder = save_untrained(tmp_path, "dma_star_sh")
-    snapshot = folder / "100.pt"
-    torch.save(torch.load(folder / "policy.pt") | {"step": 100}, snapshot)
-    names = list(inside.read([folder, folder / "policy.pt", snapshot]))
-    assert names == [folder.name, f"{folder.name}__2", f"{folder.name}__100"]
+    assert list(inside.read([folder, folder / "policy.pt"])) == [folder.name, f"{folder.name}__2"]
 
 
 def test_refusals_are_one_line(tmp_path, monkeypatch, capsys):
     ours = save_untrained(tmp_path, "dma_star_sh")
-    assert "nowhere: must be a policy file" in refusal(inside, [tmp_path / "nowhere"], capsys)
-    assert "--windows 50: must be a whole" in refusal(inside, [ours, "--windows", 50], capsys)
-    assert "policy.pt: File" in refusal(inside, [ours, "--out", ours / "policy.pt"], capsys)
+    for arguments, message in (
+        ([tmp_path / "nowhere"], "nowhere: must be a policy file"),
+        ([ours, "--windows", 50], "--windows 50: must be a whole"),
+        ([ours, "--out", ours / "policy.pt"], "policy.pt: File"),
+    ):
+        assert message in refusal(inside, arguments, capsys)
     signs = dataclasses.replace(aib_envs.ENVS["di_inv"], context=(aib_envs.SIGN_X,))
     monkeypatch.setitem(aib_envs.ENVS, "di_inv", signs)
     assert "di_inv: has no continuous context" in refusal(inside, [ours], capsys)
@@ -272,10 +269,8 @@ def test_without_matplotlib_a_study_says_what_it_needs(study, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for module in ("figures", "inside_figures"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    program = ROOT / "studies" / f"{study}.py"
-    monkeypatch.setattr(sys, "argv", [str(program)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(program), run_name="__main__")
-    assert stopped.value.code == 2
+    monkeypatch.setattr(sys, "argv", [f"{study}.py"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(f"{ROOT}/studies/{study}.py")
     needs = "error: needs matplotlib (pip install matplotlib)"
     assert capsys.readouterr().err == f"{study}.py: {needs}\n"
