@@ -21,7 +21,6 @@ this checkout is the faster.
 import argparse
 import contextlib
 import json
-import math
 import subprocess
 import sys
 import time
@@ -38,10 +37,10 @@ import dmash  # noqa: E402
 
 PHASES = ["acting", "environments", "batch", "dynamics", "critic", "actor", "targets", "rest"]
 STEPS = 20  # gradient steps in a turn
-TURNS = {"methods": 5, "against": 30}
-# settings without effect here
-UNUSED = ["quick", "steps", "out", "eval_every", "eval_rollouts", "rollouts", "snapshots"]
-UNUSED.append("random_steps")
+TURNS = 30  # of each checkout
+METHOD_TURNS = 5
+UNUSED = ("quick", "steps", "out", "eval_every", "eval_rollouts", "rollouts", "snapshots")
+UNUSED += ("random_steps",)  # settings without effect here
 
 
 def warm_run(cfg):
@@ -79,7 +78,6 @@ class Clock:
     def __init__(self, device):
         self.device = device
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.last = time.perf_counter()
 
     def cut(self, phase):
         wait_for(self.device)
@@ -160,12 +158,10 @@ def print_methods(settings):
     """A row per method: gradient steps/s and trained parameters, also relative to those of DA."""
     runs = {name: warm_run(dmash.Config(**settings | {"method": name})) for name in dmash.METHODS}
     turns = []
-    for _ in range(TURNS["methods"]):
+    for _ in range(METHOD_TURNS):
         turns.append([seconds_of(run, STEPS) for run in runs.values()])
-    rate, size = dict(zip(runs, STEPS / np.median(turns, 0))), {}
-    for name, run in runs.items():
-        trained = [p.numel() for p in run.agent.parameters() if p.requires_grad]
-        size[name] = sum(trained) - 1  # without α
+    rate = dict(zip(runs, STEPS / np.median(turns, 0)))
+    size = {name: size_of(run.agent) for name, run in runs.items()}
     cfg = runs["da"].cfg
     median = f"median of {len(turns)} turns of {STEPS} gradient steps"
     print(f"{cfg.env}, {cfg.threads} threads on {cfg.device}: {median}")
@@ -175,6 +171,11 @@ def print_methods(settings):
         cells = [name, method.paper, f"{rate[name]:.1f}", f"{rate[name] / rate['da']:.2f}"]
         cells += [f"{size[name]:,}", f"{size[name] / size['da']:.2f}"]
         print(row.format(*cells))
+
+
+def size_of(agent):
+    """The number of trained parameters, without α."""
+    return sum(p.numel() for p in agent.parameters() if p.requires_grad) - 1
 
 
 def print_environments():
@@ -207,7 +208,7 @@ def print_against(folder, settings):
         raise dmash.BadInput(f"--against {folder}: no dmash.py there")
     cfg, here = dmash.Config(**settings), Path(__file__).resolve().parent
     folders = {"this checkout": here.parent, "the other": folder.resolve()}
-    workers, ms = [], []
+    workers, ms = [], np.zeros((TURNS, len(folders)))
     with contextlib.ExitStack() as stack:
         for place in folders.values():
             command = [sys.executable, "-c", WORK, str(place), json.dumps(asdict(cfg))]
@@ -216,12 +217,10 @@ def print_against(folder, settings):
         for worker in workers:
             if worker.stdout.readline() != "ready\n":
                 raise dmash.BadInput(f"--against {folder}: its code does not run")
-        for turn in range(TURNS["against"]):
-            ms.append([math.nan, math.nan])
-            for i in (1 - turn % 2, turn % 2):
-                print(STEPS, file=workers[i].stdin, flush=True)
-                ms[turn][i] = float(workers[i].stdout.readline()) / STEPS * 1e3
-    ms = np.array(ms)
+        for of_turn in ms:
+            for i, worker in enumerate(workers):
+                print(STEPS, file=worker.stdin, flush=True)
+                of_turn[i] = float(worker.stdout.readline()) / STEPS * 1e3
     turns = f"{len(ms)} turns of {STEPS} gradient steps"
     print(f"{cfg.env}, {cfg.method}, {cfg.threads} threads on {cfg.device}: {turns}")
     for (name, place), median in zip(folders.items(), np.median(ms, 0)):

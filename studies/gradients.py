@@ -148,17 +148,19 @@ class ShadowRun(dmash.Run):
 
 
 def read(folder):
-    """The method, the name in the legend, and columns of its gradients.csv, nan for blanks."""
+    """The method, the name in the legend, and the rows of its gradients.csv by their steps."""
     rows = reader.read_table(folder / "gradients.csv", ("step", "E_z_pi", "Var_z_pi"), texts=())
     if not rows:
         raise dmash.BadInput(f"{folder}: gradients.csv has no rows yet")
     with dmash.reading(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = "{method}, {env}, seed {seed}".format(**config)
-    columns = {}
-    for column in ["step", *PANELS, "Var_cos_d_pi", "Var_cos_pi_Q"]:
-        columns[column] = np.array([row.get(column, math.nan) for row in rows])
-    return reader.paper_name(config["method"]), name, columns
+    return reader.paper_name(config["method"]), name, {row["step"]: row for row in rows}
+
+
+def column(rows, name):
+    """nan where it is blank."""
+    return np.array([row.get(name, math.nan) for row in rows.values()])
 
 
 def figure(runs):
@@ -178,13 +180,12 @@ def figure(runs):
             ax.set_ylim(-1, 1)
         else:
             ax.set_yscale("log")
-        for method, label, columns in runs:
-            x = columns["step"]
-            y = columns[name]
+        for method, label, rows in runs:
+            x, y = list(rows), column(rows, name)
             look = style(method) | {"label": label}
             ax.plot(x, y, **look)
             if band:
-                std = np.sqrt(columns[f"Var_{number}"])
+                std = np.sqrt(column(rows, f"Var_{number}"))
                 ax.fill_between(x, y - std, y + std, color=look["color"], alpha=0.2, linewidth=0)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, handlelength=4)
@@ -194,14 +195,14 @@ def figure(runs):
 def draw(folders, out):
     """Writes the figure; prints the numbers of the last step that all runs have."""
     runs = [read(folder) for folder in reader.distinct(folders)]
-    common = set.intersection(*[set(columns["step"]) for _, _, columns in runs])
+    common = set.intersection(*[set(rows) for _, _, rows in runs])
     if common:
         last = max(common)
         print(f"{f'step {last:,.0f}':<12}" + "  ".join(label for _, label, _ in runs))
         for name in PANELS:
             cells = []
-            for _, label, columns in runs:
-                value = columns[name][columns["step"] == last].item()
+            for _, label, rows in runs:
+                value = rows[last].get(name, math.nan)
                 cells.append(f"{value:<{len(label)}.3g}")
             print(f"{name:<12}" + "  ".join(cells))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,26 +4,23 @@ import copy
 import csv
 import statistics
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from untrained import ROOT, SMALL, refusal
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
+sys.path.insert(0, str(ROOT / "studies"))
 import gradients  # noqa: E402
-from untrained import refusal  # noqa: E402
 
 import dmash  # noqa: E402
 
-SMALL = dict(env="di_inv", contexts=4, batch=16, threads=1, random_steps=30)
-SMALL |= dict(hidden=16, hyper_hidden=8, bottleneck=4)
+SETTINGS = SMALL | dict(env="di_inv", random_steps=30, rollouts=1)
 
 
 def train(folder, *words, **settings):
     """The exit status of a training command."""
-    settings = SMALL | dict(rollouts=1, out=folder) | settings
+    settings = SETTINGS | dict(out=folder) | settings
     arguments = [f"{dmash.flag(name)}={value}" for name, value in settings.items()]
     return gradients.main([*arguments, *words])
 
@@ -35,7 +32,7 @@ def table(folder, method="dma_star_sh"):
 
 def trained(kind, folder, steps, **settings):
     """A run of class `kind`, past its random steps and some gradient steps."""
-    run = kind(dmash.Config(**SMALL | settings), folder)
+    run = kind(dmash.Config(**SETTINGS, **settings), folder)
     for _ in range(40):
         run.rollout.collect(random=True)
     for _ in range(steps):
@@ -60,16 +57,13 @@ def test_training_is_the_same_with_and_without_shadow_gradients(method, tmp_path
 
 @pytest.fixture
 def case(request, tmp_path):
-    """An agent in float64 after two steps of training, and a batch."""
+    """An agent in float64 after two steps of training, a batch, and the numbers of its update."""
     run = trained(dmash.Run, tmp_path, 2, method=request.param)
-    batch = run.rollout.replay.sample(16)
-    run.agent.zero_grad()
-    return run.agent.double(), dmash.Batch(*(x.double() for x in batch))
-
-
-def numbers_of(case):
+    batch = dmash.Batch(*(x.double() for x in run.rollout.replay.sample(16)))
+    agent = run.agent.double()
+    agent.zero_grad()
     torch.manual_seed(5)
-    return gradients.shadow(*case)
+    return agent, batch, gradients.shadow(agent, batch)
 
 
 def losses(agent, batch, move=0):
@@ -85,9 +79,9 @@ def losses(agent, batch, move=0):
     return z, {"d": L_d, "Q": L_Q, "pi": L_pi}
 
 
-def by_backward(case, name):
+def by_backward(agent, batch, name):
     """A copy of the agent that holds the gradients of a loss, and that of z."""
-    agent, batch = copy.deepcopy(case)
+    agent = copy.deepcopy(agent)
     z, values = losses(agent, batch)
     z.retain_grad()
     values[name].backward()
@@ -107,11 +101,11 @@ ADAPTED = ["dma_star_sh", "dma_star_h"]
 
 @pytest.mark.parametrize("case", [*ADAPTED, "dma_star"], indirect=True)
 def test_numbers_against_backward_without_the_stop_gradient(case):
-    numbers = numbers_of(case)
-    assert all(p.grad is None for p in case[0].parameters())
-    d, z_d = by_backward(case, "d")
-    pi, z_pi = by_backward(case, "pi")
-    Q, _ = by_backward(case, "Q")
+    agent, batch, numbers = case
+    assert all(p.grad is None for p in agent.parameters())
+    d, z_d = by_backward(agent, batch, "d")
+    pi, z_pi = by_backward(agent, batch, "pi")
+    Q, _ = by_backward(agent, batch, "Q")
     own = [p for name, p in pi.pi.named_parameters() if "own" in name]
     xi = [p for name, p in pi.pi.named_parameters() if "own" not in name]
     vectors = {"z_pi": z_pi, "xi_pi": flat(xi), "z_d": z_d, "phi_d": flat(d.g.parameters())}
@@ -124,17 +118,17 @@ def test_numbers_against_backward_without_the_stop_gradient(case):
         cosines = {"cos_d_pi": cosine(of_d, of_pi), "cos_pi_Q": cosine(of_pi, of_Q)}
     norms = {name: np.linalg.norm(vector) for name, vector in vectors.items()}
     assert numbers == pytest.approx(norms | cosines, rel=1e-9)
-    assert min(abs(x) for x in numbers.values()) > 0
+    assert 0 not in numbers.values()
 
 
 @pytest.mark.parametrize("case", ADAPTED, indirect=True)
 def test_gradients_of_z_against_finite_differences(case):
     """Through every ω that the loss uses: that of π and those of both critics."""
-    numbers = numbers_of(case)
+    agent, batch, numbers = case
     slopes = {"pi": [], "d": []}
     for move in 1e-6 * torch.eye(16 * 8, dtype=torch.float64).unflatten(-1, (16, 8)):
-        _, above = losses(*case, move)
-        _, below = losses(*case, -move)
+        _, above = losses(agent, batch, move)
+        _, below = losses(agent, batch, -move)
         for name, values in slopes.items():
             values.append((above[name] - below[name]).item() / 2e-6)
     for name, values in slopes.items():
@@ -149,8 +143,8 @@ def test_a_row_per_evaluation_of_the_updates_before_it(method, tmp_path, monkeyp
     seen = []
     plain = gradients.shadow
 
-    def shadow(agent, batch):
-        seen.append(plain(agent, batch))
+    def shadow(*case):
+        seen.append(plain(*case))
         return seen[-1]
 
     monkeypatch.setattr(gradients, "UPDATES", 3)
@@ -161,19 +155,19 @@ def test_a_row_per_evaluation_of_the_updates_before_it(method, tmp_path, monkeyp
     rows = table(tmp_path, method)
     assert [(row["step"], row["updates"]) for row in rows] == [("5", "3"), ("10", "3"), ("12", "2")]
     assert len(seen) == 8
-    for row, numbers in zip(rows, (seen[:3], seen[3:6], seen[6:])):
+    for row, updates in zip(rows, (seen[:3], seen[3:6], seen[6:])):
         for name in gradients.NUMBERS:
-            values = [update[name] for update in numbers if name in update]
-            expected = ["", ""]
+            values = [numbers[name] for numbers in updates if name in numbers]
+            mean, variance = "", ""
             if values:
-                moments = [statistics.fmean(values), statistics.pvariance(values)]
-                expected = [f"{x:.6g}" for x in moments]
-            assert [row[f"E_{name}"], row[f"Var_{name}"]] == expected
+                mean = f"{statistics.fmean(values):.6g}"
+                variance = f"{statistics.pvariance(values):.6g}"
+            assert (row[f"E_{name}"], row[f"Var_{name}"]) == (mean, variance)
 
     picture = tmp_path / "new" / "a.png"
-    run = tmp_path / f"di_inv__{method}__s1"
     capsys.readouterr()
-    assert gradients.main(["draw", str(run), "--out", str(picture)]) == 0
+    run = f"{tmp_path}/di_inv__{method}__s1"
+    assert gradients.main(["draw", run, "--out", str(picture)]) == 0
     head, first, *_ = capsys.readouterr().out.splitlines()
     assert head == f"step 12     {method}, di_inv, seed 1"
     assert first.split() == ["E_z_pi", f"{float(rows[-1]['E_z_pi']):.3g}"]
@@ -199,7 +193,7 @@ def test_a_run_stopped_between_evaluations_has_the_rows_of_one_that_was_not(tmp_
 
 
 def test_a_run_of_dmash_goes_on_with_gradients(tmp_path):
-    cfg = dmash.Config(**SMALL, steps=2, rollouts=1, out=str(tmp_path))
+    cfg = dmash.Config(**SETTINGS, steps=2, out=str(tmp_path))
     dmash.Run.start(cfg)
     assert gradients.main(["--resume", str(dmash.run_folder(cfg)), "--steps", "4"]) == 0
     assert [row["step"] for row in table(tmp_path)] == ["4"]
@@ -215,7 +209,6 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, capsys):
     for text, message in (
         (whole[:-1], "the last line is torn"),
         (whole.splitlines()[0] + "\n", "has no rows"),
-        (whole.replace("E_z_pi", "E_z"), "no column E_z_pi"),
         (whole, "config.json"),
     ):
         (run / "gradients.csv").write_text(text)
