@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from adaptation import mirrored_dim
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import aib_envs  # noqa: E402
@@ -39,11 +40,7 @@ STEPS = 100
 def acting_weights(agent):
     """The tensors that acting needs, by name. An averaged policy takes the place of the policy."""
     pi = agent.pi if agent.pi_average is None else agent.pi_average
-    tensors = {}
-    for name, network in {"g.": agent.g, "h.": agent.h, "pi.": pi}.items():
-        if network is not None:
-            tensors |= network.state_dict(prefix=name)
-    return tensors
+    return torch.nn.ModuleDict({"g": agent.g, "h": agent.h, "pi": pi}).state_dict()
 
 
 def as_text(tensor):
@@ -63,16 +60,8 @@ def describe(agent):
 def train_contexts(cfg):
     """The training contexts, and whether the motors of each are wired as usual, (N,)."""
     contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
-    wiring = next(dim for dim in aib_envs.lookup(cfg.env).context if dim.binary)
+    wiring = mirrored_dim(cfg.env)
     return contexts, np.array([context[wiring.name] == wiring.default for context in contexts])
-
-
-def rounded(agent):
-    """A copy of the agent, with its weights rounded to float16."""
-    other = copy.deepcopy(agent)
-    for parameter in other.parameters():
-        parameter.data = parameter.data.half().float()
-    return other
 
 
 def watch(agent):
@@ -82,7 +71,7 @@ def watch(agent):
     envs = aib_envs.VectorEnv(agent.cfg.env, contexts, seed=0)
     rollout = dmash.Rollout(agent, envs, noisy=False)
     rollout.begin_episode()
-    coarse = rounded(agent)
+    coarse = copy.deepcopy(agent).half().float()
     codes = []
     changes = []
     for _ in range(STEPS):

@@ -7,18 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from untrained import ROOT, refusal, save_untrained, untrained
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "studies"))
 
 import play  # noqa: E402
 from adaptation import switch  # noqa: E402
-from untrained import refusal, save_untrained, untrained  # noqa: E402
 
 import aib_envs  # noqa: E402
 import dmash  # noqa: E402
@@ -27,6 +25,8 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node
 browser = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(browser is None, reason="needs Chromium")
 
+TEMPLATE = play.TEMPLATE.read_text(encoding="utf-8")
+PAGE = ROOT / "results" / "play.html"
 PAPER = dict(hidden=256, hyper_hidden=64, bottleneck=32)  # the paper's sizes
 PREPARE = """
 const input = JSON.parse(require("fs").readFileSync(0, "utf8"));
@@ -44,20 +44,24 @@ def new_agent(method="dma_star_sh", env="cartpole_inv", **settings):
     return agent
 
 
-def script():
-    """The page's own JavaScript, all but what needs a browser."""
-    text = play.TEMPLATE.read_text(encoding="utf-8")
-    return re.search(r'<script id="model">(.*?)</script>', text, re.DOTALL)[1]
+def element(text, name):
+    """What stands in the element of a page that has this id."""
+    found = re.search(rf'id="{name}"[^>]*>(.*?)</(script|pre)>', text, re.DOTALL)
+    return found[1]
 
 
 def in_node(program, agent=None, **values):
-    """What `program` returns, run after the page's own script. Weights go there as float32."""
+    """What `program` returns, run after the page's own JavaScript, all but what needs a browser.
+
+    Weights go there as float32.
+    """
     values["weights"] = {}
     if agent is not None:
         values |= {"K": agent.cfg.K, "L": agent.cfg.L}
         for name, tensor in play.acting_weights(agent).items():
             values["weights"][name] = base64.b64encode(tensor.numpy().tobytes()).decode()
-    whole = f"{script()}{PREPARE}console.log(JSON.stringify((() => {{{program}}})()));"
+    script = element(TEMPLATE, "model")
+    whole = f"{script}{PREPARE}console.log(JSON.stringify((() => {{{program}}})()));"
     text = json.dumps(values)
     done = subprocess.run(["node", "-e", whole], input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -242,12 +246,6 @@ def test_float16_is_decoded_as_numpy_does():
 # ---- The program --------------------------------------------------------------------------------
 
 
-def data_of(text):
-    """What a page holds of its agents and its environment."""
-    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    return json.loads(block[1])
-
-
 def test_the_page_holds_the_agents_and_the_environment(tmp_path, capsys):
     run = save_untrained(tmp_path, "dma_star_sh", "di_perm")
     rival = save_untrained(tmp_path, "concat", "di_perm")
@@ -256,7 +254,7 @@ def test_the_page_holds_the_agents_and_the_environment(tmp_path, capsys):
     text = out.read_text(encoding="utf-8")
     assert "{{" not in text
     assert f"{len(text.encode()) / 1e6:.2f} MB" in capsys.readouterr().out
-    data = data_of(text)
+    data = json.loads(element(text, "data"))
     assert len(data["rewards"]) == 2
     assert [agent["method"] for agent in data["agents"]] == ["DMA*-SH", "Concat"]
     mass, swap = data["dims"]
@@ -270,29 +268,21 @@ def test_codes_and_the_cost_of_float16_as_found_one_context_at_a_time():
     for parameter in rough.parameters():
         half = parameter.detach().numpy().astype(np.float16)
         parameter.data = torch.from_numpy(half.astype(np.float32))
-    K, L = agent.cfg.K, agent.cfg.L
-    positions = [i * (K - 1) // (L - 1) for i in range(L)]
     means = {1.0: [], -1.0: []}
     changes = []
     envs = aib_envs.VectorEnv("di_inv", aib_envs.context_sets("di_inv", 4)["train"], seed=0)
     for context, rng in zip(envs.task.contexts, envs.rngs):
-        task = aib_envs.lookup("di_inv").cls([context])
-        window = [torch.zeros(10)] * K
+        alone = aib_envs.VectorEnv("di_inv", [context], seed=0)
+        alone.rngs = [rng]
+        rollout = dmash.Rollout(agent, alone, noisy=False)
+        rollout.begin_episode()
         codes = []
-        for t in range(K + play.STEPS):
-            if t in (0, K):
-                task.reset([rng])
-            s = torch.from_numpy(task.observation()).float()
-            tau = torch.stack([window[position] for position in positions])[None]
-            z, omega = agent.infer(tau, noisy=False)
-            _, rough_omega = rough.infer(tau, noisy=False)
-            a = agent.act(s, omega, noisy=False)
-            if t >= K:
-                codes.append(z[0].detach())
-                changes.append((rough.act(s, rough_omega, noisy=False) - a).abs().max().item())
-            task.step(a.numpy())
-            ds = torch.from_numpy(task.observation()).float() - s
-            window = [*window[1:], torch.cat([s, a, ds], -1)[0]]
+        for _ in range(play.STEPS):
+            tau = rollout.replay.latest(noisy=False)
+            _, omega = rough.infer(tau, noisy=False)
+            codes.append(agent.g(tau, noisy=False)[0].detach())
+            s, a, _, _ = rollout.step()
+            changes.append((rough.act(s, omega, noisy=False) - a).abs().max().item())
         means[context["action_factor"]].append(torch.stack(codes).mean(0))
     codes, cost = play.watch(agent)
     for code, of_wiring in zip(codes, means.values(), strict=True):
@@ -318,7 +308,6 @@ def test_what_the_page_cannot_show_is_refused_in_one_line(tmp_path, capsys):
         ([dr], "is of dr; the page can show dma_star_sh"),
         ([good, "--against", good], "is of dma_star_sh; the page can show dr, concat"),
         ([good, "--against", dr], "is of di_inv"),
-        ([tmp_path / "nothing"], "nothing"),
     ):
         out = tmp_path / "page.html"
         assert reason in refusal(play, [*arguments, "--out", out], capsys)
@@ -327,7 +316,6 @@ def test_what_the_page_cannot_show_is_refused_in_one_line(tmp_path, capsys):
 
 # ---- The page in a browser ----------------------------------------------------------------------
 
-PAGE = ROOT / "results" / "play.html"
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
 --disable-background-networking --disable-component-update --hide-scrollbars
 --enable-logging=stderr""".split()
@@ -351,16 +339,15 @@ def browse(tmp_path_factory):
 def report_of(browse, page):
     """What a page wrote down after it had driven its own controls."""
     text = browse(f"{page.as_uri()}#test", "--dump-dom")
-    block = re.search(r'<pre id="report"[^>]*>(.*?)</pre>', text, re.DOTALL)
-    report = json.loads(html.unescape(block[1]))
+    report = json.loads(html.unescape(element(text, "report")))
     assert "error" not in report, report
     return report
 
 
 def test_the_page_in_the_repository_is_made_from_this_template():
-    text = PAGE.read_text(encoding="utf-8")
-    data = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1]
-    assert text == play.TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data)
+    text = PAGE.read_text()
+    data = element(text, "data")
+    assert text == TEMPLATE.replace("{{DATA}}", data)
     assert len(text.encode()) < 4e6
     assert "http" not in text.replace(data, "")  # nothing comes from a network
 
@@ -374,50 +361,54 @@ def test_the_agent_follows_three_flips_and_every_control_does_what_it_says(brows
     assert len(run["crossed"]) == 3 and all(1 <= steps <= 40 for steps in run["crossed"])
     assert [force for force in run["pushed"] if force] == [0.4, -0.4]
     assert run["said"][0] == "The pole stands. Now flip the motor."
-    assert run["said"][5] == (
-        f"The motor was flipped 100 steps ago. z crossed over after {run['crossed'][0]} steps."
-    )
+    crossed = f"z crossed over after {run['crossed'][0]} steps."
+    assert run["said"][5] == f"The motor was flipped 100 steps ago. {crossed}"
     assert run["said"][9] == "You pushed the pole in its middle."
+
     controls = report["controls"]
-    assert controls["flip by button"] == [True, False]
-    assert controls["flip by key"] == [False, True]
-    assert controls["length"] == [0.5, 1.2]
-    assert controls["pause by key"] == [False, True]
-    assert controls["pause by button"] == [True, False]
-    assert controls["step by key"] == [0, 1]
-    assert controls["step by button"] == [1, 2]
-    assert controls["speed"] == [1, 0.2]
-    assert controls["push by button"] == [0, -0.4]
-    assert controls["the slider's keys"] == [-0.4, -0.4]
-    assert controls["forget"] == [128, 0]
-    assert controls["reset"] == [2, 0]
-    assert controls["window after reset"] == [128, 128]
-    assert controls["freeze"] == [False, True]
-    assert controls["omega while frozen"] == [True]
-    assert controls["z while frozen"] == [False]
-    assert controls["freeze button"] == ["Stop inferring: freeze ω", "Infer ω again"]
-    assert controls["omega afterwards"] == [False]
-    assert controls["after freezing"] == ["You let it infer ω again 1 step ago."]
-    assert controls["drag"] == [0, 0.2]
-    assert controls["told of a pull"] == ["You pushed the pole in its middle."]
-    assert controls["release"] == [0.2, 0]
-    assert controls["other motor"] == [True, False]
-    assert controls["reset with the motor reversed"] == [
-        "The pole stands, with the motor still reversed. Now flip it back."
-    ]
-    assert controls["turn"] == [False, True]
-    assert controls["flip during a turn"] == [controls["flip during a turn"][0]] * 2
-    assert controls["steered right"] == [0.5]
-    assert controls["steered nowhere"] == [0]
-    assert controls["wiring shown"] == ["Wiring hidden"]
-    assert controls["length of a turn"] == [10, True]
-    assert controls["after the turn"] == [True, False]
+    expected = {
+        "flip by button": [True, False],
+        "flip by key": [False, True],
+        "length": [0.5, 1.2],
+        "pause by key": [False, True],
+        "pause by button": [True, False],
+        "step by key": [0, 1],
+        "step by button": [1, 2],
+        "speed": [1, 0.2],
+        "push by button": [0, -0.4],
+        "the slider's keys": [-0.4, -0.4],
+        "forget": [128, 0],
+        "reset": [2, 0],
+        "window after reset": [128, 128],
+        "freeze": [False, True],
+        "omega while frozen": [True],
+        "z while frozen": [False],
+        "freeze button": ["Stop inferring: freeze ω", "Infer ω again"],
+        "omega afterwards": [False],
+        "after freezing": ["You let it infer ω again 1 step ago."],
+        "drag": [0, 0.2],
+        "told of a pull": ["You pushed the pole in its middle."],
+        "release": [0.2, 0],
+        "other motor": [True, False],
+        "reset with the motor reversed": [
+            "The pole stands, with the motor still reversed. Now flip it back."
+        ],
+        "turn": [False, True],
+        "steered right": [0.5],
+        "steered nowhere": [0],
+        "wiring shown": ["Wiring hidden"],
+        "length of a turn": [10, True],
+        "after the turn": [True, False],
+    }
+    assert controls | expected == controls
+    before, after = controls["flip during a turn"]
+    assert before == after
     assert "1.20 m, outside of what training showed" in controls["told"][0]
     flipped, lines = controls["a flip while frozen"]
     assert "but ω is frozen" in lines[0] and re.search(r"z crossed over after \d+ steps", lines[0])
     assert flipped == [True, True]  # z crosses over, the pole falls
     assert lines[1].endswith("The pole is still down.")
-    usual, reversed_motor = data_of(PAGE.read_text(encoding="utf-8"))["rewards"]
+    usual, reversed_motor = json.loads(element(PAGE.read_text(), "data"))["rewards"]
     assert usual < 0.8 < reversed_motor  # of DR
     assert controls["beside"][0].endswith("balance with one only: motor reversed.")
     agent, reader = controls["scores"]
