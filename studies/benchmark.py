@@ -247,7 +247,8 @@ def work(settings):
 
 
 def run_command(argv):
-    options = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    options["formatter_class"] = argparse.RawDescriptionHelpFormatter
     parser = dmash.Parser("benchmark.py", description=__doc__, **options)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--methods", action="store_true", help="compare all methods")
@@ -255,16 +256,14 @@ def run_command(argv):
     modes.add_argument("--against", type=Path, metavar="FOLDER", help="compare with a checkout")
     for f in fields(dmash.Config):
         if f.name not in UNUSED:
-            about = dict(default=argparse.SUPPRESS, help=f.metadata["help"])
-            parser.add_argument(dmash.flag(f.name), **about)
+            parser.add_argument(dmash.flag(f.name), help=f.metadata["help"])
     settings = vars(parser.parse_args(argv))
-    methods, against = settings.pop("methods"), settings.pop("against")
-    if settings.pop("environments"):
+    if "environments" in settings:
         print_environments()
-    elif methods:
+    elif settings.pop("methods", False):
         print_methods(settings)
-    elif against is not None:
-        print_against(against, settings)
+    elif "against" in settings:
+        print_against(settings.pop("against"), settings)
     else:
         print_phases(dmash.Config(**settings))
 

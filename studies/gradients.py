@@ -3,8 +3,8 @@
     python studies/gradients.py --env di_inv --method dma_star_sh --quick
     python studies/gradients.py draw RUN [RUN ...] --out FILE.png
 
-The first command trains like dmash.py and takes all of its flags, also --resume and --go-on.
-Weights and returns are the same, bit for bit. A run takes a third longer.
+The first command trains like dmash.py and takes all of its flags, also --resume and --go-on for
+runs that it began. Weights and returns are the same, bit for bit. A run takes a third longer.
 
 In the 200 updates before each evaluation the program also computes the gradients that Eq. 2 stops,
 and throws them away: shadow gradients. They are those of the update's own batch, masks and noise,
@@ -130,16 +130,14 @@ class ShadowRun(dmash.Run):
 
     def save(self):
         super().save()
-        # A checkpoint of dmash.py has evaluations without gradients.
-        rows = [entry["gradients"] for entry in self.history if "gradients" in entry]
-        if rows:
+        if self.history:
+            rows = [evaluation["gradients"] for evaluation in self.history]
             dmash.replace_file(self.folder / "gradients.csv", dmash.csv_text(rows))
 
     def state_dict(self):
         return super().state_dict() | {"shadows": self.shadows}
 
     def load_state_dict(self, state):
-        state = {"shadows": []} | state  # that of dmash.py has none
         super().load_state_dict(state)
         self.shadows = state["shadows"]
 

@@ -192,13 +192,6 @@ def test_a_run_stopped_between_evaluations_has_the_rows_of_one_that_was_not(tmp_
     assert table(tmp_path / "halves") == table(tmp_path / "whole")
 
 
-def test_a_run_of_dmash_goes_on_with_gradients(tmp_path):
-    cfg = dmash.Config(**SETTINGS, steps=2, out=str(tmp_path))
-    dmash.Run.start(cfg)
-    assert gradients.main(["--resume", str(dmash.run_folder(cfg)), "--steps", "4"]) == 0
-    assert [row["step"] for row in table(tmp_path)] == ["4"]
-
-
 def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()

@@ -153,17 +153,6 @@ return input.windows.map((rows, i) => {
 """
 
 
-def replay_of(rows, K, L, d_s):
-    """A Replay that holds rows (N, T, 2 d_s + d_a), and K at most."""
-    N, _, width = rows.shape
-    d_a = width - 2 * d_s
-    replay = dmash.Replay(torch.zeros(N, 2), K, d_s, d_a, K, L)
-    for row in rows.unbind(1):
-        s, a, ds = row.split([d_s, d_a, d_s], -1)
-        replay.add(s, a, torch.zeros(N), s + ds)
-    return replay
-
-
 @needs_node
 @pytest.mark.parametrize(
     "method, env, settings",
@@ -185,8 +174,11 @@ def test_networks_compute_what_pytorch_computes(method, env, settings):
     states = torch.randn(5, cls.d_s)
     contexts = aib_envs.context_sets(env, 5)["train"]
     c = torch.tensor([list(context.values()) for context in contexts])
+    replay = dmash.Replay(c, K, cls.d_s, cls.d_a, K, L)
+    replay.rows[..., :-1] = rows[:, 3:].transpose(0, 1)  # the last K
+    replay.t = K
     with torch.no_grad():
-        z, omega = agent.infer(replay_of(rows, K, L, cls.d_s).latest(noisy=False), False, c)
+        z, omega = agent.infer(replay.latest(noisy=False), False, c)
     a = agent.act(states, omega, noisy=False)
     values = dict(windows=rows.tolist(), states=states.tolist(), contexts=contexts, d_a=cls.d_a)
     found = in_node(NETWORKS, agent, **values)
