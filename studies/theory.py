@@ -534,7 +534,8 @@ def main(argv=None):
     """The command line. Returns the exit status."""
     layout = RawDescriptionHelpFormatter
     parser = dmash.Parser("theory.py", description=__doc__, formatter_class=layout)
-    parser.add_argument("names", nargs="*", choices=[*THEOREMS, "all"], default="all")
+    names = [*THEOREMS, "all"]
+    parser.add_argument("names", nargs="*", choices=names, default="all", help="default: all")
     out = "results/inside/theory"
     parser.add_argument("--out", type=Path, default=out, help="folder (default: %(default)s)")
     parser.add_argument("--seed", default=1, help="of everything random (default: %(default)s)")
