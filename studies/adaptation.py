@@ -1,6 +1,6 @@
 """What does "zero-shot" cost, in steps? And how short may the window be?
 
-    python studies/adaptation.py RUN [RUN ...] [--out FOLDER] [--rollouts N]
+    python studies/adaptation.py RUN [RUN ...] [--out FOLDER]
 
 RUN is a run folder or a policy file. All are of one environment, of any methods and seeds. The
 agents act in the training contexts and in their mirror images. The mirror image of a context has
@@ -30,11 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import distinct
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+from runs import aib_envs, distinct, dmash
 
 SHARE = 0.95  # of the reference's reward
 SMOOTH = 10  # steps of a moving mean
@@ -82,14 +78,13 @@ def read(K, L, keep):
     return dmash.subsample(1, K, L, noisy=False)[0] >= K - keep
 
 
-def rewards(agent, contexts, rollouts, warm_up=True, keep=None, after=None):
+def rewards(agent, contexts, warm_up=True, keep=None, after=None):
     """Rewards (T // 2, N) of the first half of an episode.
 
     after "switch": of the second half, which begins with a switch. after "twin": the window, too,
-    then is of the new context. The mirror image of a context stands half of `contexts` away. The
-    first of several rollouts starts where a single one does.
+    then is of the new context. The mirror image of a context stands half of `contexts` away.
     """
-    envs = aib_envs.VectorEnv(agent.cfg.env, contexts * rollouts, seed=[agent.cfg.seed, 2])
+    envs = aib_envs.VectorEnv(agent.cfg.env, contexts, seed=[agent.cfg.seed, 2])
     rollout = dmash.Rollout(agent, envs, noisy=False)
     rollout.replay = ShortReplay(rollout.replay, agent.cfg.K if keep is None else keep)
     rollout.begin_episode(warm_up)
@@ -98,8 +93,7 @@ def rewards(agent, contexts, rollouts, warm_up=True, keep=None, after=None):
         return found
     switch(rollout)
     if after == "twin":
-        mirror_image = torch.arange(envs.N).reshape(rollouts, 2, -1).flip(1).flatten()
-        rollout.replay.rows = rollout.replay.rows[:, mirror_image]
+        rollout.replay.rows = rollout.replay.rows.roll(envs.N // 2, dims=1)
     return half_an_episode(rollout)
 
 
@@ -128,30 +122,30 @@ def steps_to(curve, reference):
     return math.inf if steps == len(curve) else int(steps)
 
 
-def study(agent, rollouts):
+def study(agent):
     """Rows of adaptation.csv."""
-    cfg, reads = agent.cfg, agent.g is not None
+    cfg = agent.cfg
     contexts = aib_envs.context_sets(cfg.env, cfg.contexts)["train"]
     dim = mirrored_dim(cfg.env)
     if not dim.binary:
         contexts = [c | {dim.name: dim.train[i % 2]} for i, c in enumerate(contexts)]
     contexts += [mirrored(cfg.env, context) for context in contexts]
-    before = np.array([context[dim.name] for context in contexts] * rollouts)
-    after = sum(dim.train) - before
 
-    full = rewards(agent, contexts, rollouts)
-    empty = rewards(agent, contexts, rollouts, warm_up=False)
-    switched = rewards(agent, contexts, rollouts, after="switch")
-    twins = rewards(agent, contexts, rollouts, after="twin")
+    full = rewards(agent, contexts)
+    empty = rewards(agent, contexts, warm_up=False)
+    switched = rewards(agent, contexts, after="switch")
+    twins = rewards(agent, contexts, after="twin")
     pairs = {("start", ""): (empty, full), ("switch", ""): (switched, twins)}
-    powers = [2**i for i in range(1, 30) if reads and 2**i < cfg.K]
+    powers = [2**i for i in range(1, 30) if agent.g is not None and 2**i < cfg.K]
     for k in [0, *powers]:
-        pairs["window", k] = rewards(agent, contexts, rollouts, keep=k), full
+        pairs["window", k] = rewards(agent, contexts, keep=k), full
     pairs["window", cfg.K] = full, full
 
     rows = []
     for (question, k), (found, reference) in pairs.items():
-        values = after if question == "switch" else before
+        values = np.array([context[dim.name] for context in contexts])
+        if question == "switch":
+            values = sum(dim.train) - values
         modes = {"all": np.full(len(values), True)}
         for value in dim.train:
             modes[f"{dim.name}={value:g}"] = np.isclose(values, value)
@@ -159,11 +153,12 @@ def study(agent, rollouts):
             mean, ref = found[:, which].mean(1), reference[:, which].mean(1)
             row = {"method": cfg.method, "seed": cfg.seed, "step": agent.step}
             row |= {"question": question, "mode": mode, "k": k, "read": ""}
-            if question == "window" and reads:
-                row["read"] = int(read(cfg.K, cfg.L, k).sum())
             row |= {"reward": float(mean.mean()), "reference": float(ref.mean())}
-            row["lost"] = float((ref - mean).sum())
-            row["steps"] = "" if question == "window" else steps_to(mean, ref)
+            row |= {"lost": float((ref - mean).sum()), "steps": ""}
+            if question != "window":
+                row["steps"] = steps_to(mean, ref)
+            elif agent.g is not None:
+                row["read"] = int(read(cfg.K, cfg.L, k).sum())
             rows.append(row)
     return rows
 
@@ -182,18 +177,16 @@ def summary(rows):
 # ---- Command line -------------------------------------------------------------------------------
 
 
-def run_command(args):
-    rollouts = dmash.number("--rollouts", args.rollouts, int, 1, 1000)
-    paths = distinct(args.runs)
+def run_command(runs, out):
+    paths = distinct(runs)
     agents = [dmash.load_policy(path)[1] for path in paths]
     if len({agent.cfg.env for agent in agents}) > 1:
         each = [f"{path} of {agent.cfg.env}" for path, agent in zip(paths, agents)]
         raise dmash.BadInput(f"{', '.join(each)}: must be of one environment")
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for agent in agents:
-        of_run = study(agent, rollouts)
+        of_run = study(agent)
         print(summary(of_run), flush=True)
         rows += of_run
     (out / "adaptation.csv").write_text(dmash.csv_text(rows))
@@ -204,9 +197,9 @@ def main(argv=None):
     layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = dmash.Parser("adaptation.py", description=__doc__, **layout)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or policy files")
-    parser.add_argument("--out", default="results/adaptation", help="folder (%(default)s)")
-    parser.add_argument("--rollouts", default=1, help="episodes in each context (%(default)s)")
-    return dmash.exit_status("adaptation.py", lambda: run_command(parser.parse_args(argv)))
+    about = "folder (%(default)s)"
+    parser.add_argument("--out", type=Path, default="results/adaptation", help=about)
+    return dmash.exit_status("adaptation.py", lambda: run_command(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ through two at a time, or as a Slurm array, in a shell where `python` is the one
     sbatch --array=1-$(wc -l < plan.txt) --wrap 'sed -n "${SLURM_ARRAY_TASK_ID}p" plan.txt | sh'
 
 xargs takes quotes away. Where a value needs them: tr '\\n' '\\0' | xargs -0 -P 2 …
+Words that `plan` does not know are settings of the runs (python dmash.py --help).
 
 `add` puts finished runs into the tables of results/ (studies/runs.py says which). `report` reads
 these tables, run folders, or both, and writes report.md with figures. With --into, it writes each
@@ -28,9 +29,10 @@ import math
 import re
 import shlex
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import runs as reader
@@ -113,31 +115,6 @@ def scores(runs, score):
     return np.array([run.last(score) for run in runs])
 
 
-def blocks_of(runs):
-    """Finished runs of one environment and equal settings, by arm; each block under a title."""
-    runs = [run for run in runs if run.finished]
-    blocks = group(runs, lambda run: (run.env, run.compared))
-    quick = {"quick" in dict(settings) for _, settings in blocks}
-    titles = {}
-    for (env, settings), block in blocks.items():
-        mine = dict(settings)
-        words = [env, f"{block[0].steps:,} steps"]
-        if len(quick) > 1:
-            words.append(setting_of(block[0]))
-        alike = [dict(other) for name, other in blocks if name == env]
-        alike = [other for other in alike if other.get("quick") == mine.get("quick")]
-        for name in sorted(set().union(*alike) - {"steps"}):
-            if len({other.get(name) for other in alike}) > 1:
-                words.append(f"{name} {mine.get(name, 'off')}")
-        titles[", ".join(words)] = group(block, lambda run: run.arm)
-    return titles
-
-
-def one_of(arms):
-    """Any run of a block."""
-    return next(iter(arms.values()))[0]
-
-
 def setting_of(run):
     """`--quick` or not, in words."""
     if "quick" in run.settings:
@@ -145,13 +122,48 @@ def setting_of(run):
     return "paper's settings"
 
 
+def blocks_of(runs):
+    """Finished runs of one environment and equal settings, by arm; each block under a title."""
+    finished = [run for run in runs if run.finished]
+    blocks = group(finished, lambda run: (run.env, run.compared)).values()
+    firsts = [block[0] for block in blocks]
+    settings = {setting_of(run) for run in firsts}
+    titles = {}
+    for block in blocks:
+        env, setting = block[0].env, setting_of(block[0])
+        words = [env, f"{block[0].steps:,} steps"]
+        if len(settings) > 1:
+            words.append(setting)
+        alike = [run for run in firsts if run.env == env and setting_of(run) == setting]
+        alike = [dict(run.compared) for run in alike]
+        for name in sorted(set().union(*alike) - {"steps"}):
+            if len({other.get(name) for other in alike}) > 1:
+                words.append(f"{name} {dict(block[0].compared).get(name, 'off')}")
+        titles[", ".join(words)] = group(block, lambda run: run.arm)
+    return titles
+
+
 def find(arms, label, departures):
     """The runs in a block of a method, by its label, with these departures."""
     return arms.get(", ".join(filter(None, [label, departures])), [])
 
 
-def departures_in(arms):
-    return sorted({of[0].departures for of in arms.values()})
+def rivals_of_ours(runs):
+    """A block's title, an arm, the runs of DMA*-SH with the same departures, those of the arm."""
+    for title, arms in blocks_of(runs).items():
+        for arm, others in arms.items():
+            ours = find(arms, OURS, others[0].departures)
+            if ours and ours is not others:
+                yield title, arm, ours, others
+
+
+def departed(runs):
+    """A block's title, the block, the runs of an arm with departures, those without."""
+    for title, arms in blocks_of(runs).items():
+        for changed in arms.values():
+            plain = arms.get(changed[0].label)
+            if changed[0].departures and plain:
+                yield title, arms, changed, plain
 
 
 @cache
@@ -164,17 +176,15 @@ def returns_without_action(env):
 
 def no_action(env, score):
     """What an agent earns that never acts, or nan."""
-    values = []
-    for (name, _), value in returns_without_action(env).items():
-        if score in (name, "mean"):
-            values.append(value)
+    found = returns_without_action(env).items()
+    values = [value for (name, _), value in found if score in (name, "mean")]
     return float(np.mean(values)) if values else math.nan
 
 
 def largest(env):
-    """The largest possible return, or None: the horizon where no reward is above 1."""
+    """The largest possible return, or nan: the horizon where no reward is above 1."""
     if env not in aib_envs.ENVS or env in ("walker_gym", "hopper_gym"):
-        return None
+        return math.nan
     return aib_envs.ENVS[env].horizon
 
 
@@ -212,50 +222,47 @@ def cell(estimate, digits, sign=""):
 
 def digits_of(env):
     """Returns of a thousand are written without decimals, others with one."""
-    if env in aib_envs.ENVS and aib_envs.ENVS[env].horizon <= 200:
+    if largest(env) <= 200:
         return 1
     return 0
 
 
 def p_text(p):
-    if math.isnan(p):
-        return "–"
     if p < 0.001:
         return f"{p:.0e}"
-    return f"{p:.3f}"
+    return figure(p, 3)
 
 
 def returns_table(runs, score):
     """A row per arm, a column per environment and setting."""
     blocks = blocks_of(runs)
-    arms = dict.fromkeys(run.arm for run in sorted(runs, key=reader.arm_rank))
-    rows = [["no action"], ["largest possible"]]
-    for arms_here in blocks.values():
-        env = one_of(arms_here).env
-        rows[0].append(figure(no_action(env, score), digits_of(env)))
-        rows[1].append(largest(env) or "–")
-    for arm in arms:
-        rows.append([arm])
-        for arms_here in blocks.values():
-            done = arms_here.get(arm, [])
+    nothing, most = ["no action"], ["largest possible"]
+    for arms in blocks.values():
+        env = next(iter(arms.values()))[0].env
+        nothing.append(figure(no_action(env, score), digits_of(env)))
+        most.append(figure(largest(env), 0))
+    rows = [nothing, most]
+    for arm in dict.fromkeys(run.arm for run in sorted(runs, key=reader.arm_rank)):
+        row = [arm]
+        for arms in blocks.values():
             text = "not run"
-            if done:
-                estimate = contrast([1], [scores(done, score)])
-                text = f"{cell(estimate, digits_of(done[0].env))} ({len(done)})"
-            rows[-1].append(text)
+            if arm in arms:
+                estimate = contrast([1], [scores(arms[arm], score)])
+                text = f"{cell(estimate, digits_of(arms[arm][0].env))} ({len(arms[arm])})"
+            row.append(text)
+        rows.append(row)
     return table(["method", *blocks], rows)
 
 
-def difference_cells(ours, others, score):
+def difference(ours, others, score):
     """The difference of two lists of runs with its interval, and its p."""
     x, y = scores(ours, score), scores(others, score)
-    difference = contrast([1, -1], [x, y])
-    return [cell(difference, digits_of(ours[0].env), "+"), p_text(permutation_p(x, y))]
+    return contrast([1, -1], [x, y]), permutation_p(x, y)
 
 
-def speed(runs):
-    """Gradient steps per second of whole runs, evaluations included: the median."""
-    return float(np.median([run.steps / max(run.last("seconds"), 1e-9) for run in runs]))
+def difference_cells(ours, others, score):
+    estimate, p = difference(ours, others, score)
+    return [cell(estimate, digits_of(ours[0].env), "+"), p_text(p)]
 
 
 def difference_row(title, arm, ours, others):
@@ -265,16 +272,17 @@ def difference_row(title, arm, ours, others):
     return row
 
 
+def speed(runs):
+    """Gradient steps per second of whole runs, evaluations included: the median."""
+    return float(np.median([run.steps / run.last("seconds") for run in runs]))
+
+
 def differences_table(runs):
     """DMA*-SH minus each other method with the same departures."""
     rows = []
-    for title, arms in blocks_of(runs).items():
-        for departures in departures_in(arms):
-            ours = find(arms, OURS, departures)
-            for arm, others in arms.items():
-                if ours and others is not ours and others[0].departures == departures:
-                    row = difference_row(title, arm, ours, others)
-                    rows.append([*row, figure(speed(others), 1), figure(speed(ours), 1)])
+    for title, arm, ours, others in rivals_of_ours(runs):
+        speeds = [figure(speed(of), 1) for of in (others, ours)]
+        rows.append([*difference_row(title, arm, ours, others), *speeds])
     head = ["environment", "DMA*-SH minus", "seeds", "mean of the sets", "p", "extrapolation", "p"]
     return table([*head, "its steps/s", "DMA*-SH's"], rows)
 
@@ -282,13 +290,28 @@ def differences_table(runs):
 def departures_table(runs):
     """What each departure changes: each method with it minus the same method without."""
     rows = []
-    for title, arms in blocks_of(runs).items():
-        for arm, changed in arms.items():
-            plain = arms.get(changed[0].label)
-            if changed[0].departures and plain:
-                rows.append(difference_row(title, arm, changed, plain))
+    for title, _, changed, plain in departed(runs):
+        rows.append(difference_row(title, changed[0].arm, changed, plain))
     head = ["environment", "with it minus without", "seeds", "mean of the sets", "p"]
     return table([*head, "extrapolation", "p"], rows)
+
+
+def artefacts_table(runs, score):
+    """What departures cost a method, and DMA*-SH's lead over it without and with them."""
+    rows = []
+    for title, arms, changed, plain in departed(runs):
+        label, departures = changed[0].label, changed[0].departures
+        ours = arms.get(OURS), find(arms, OURS, departures)
+        leads = ["", "", ""]
+        if label != OURS and all(ours):
+            sides = [scores(of, score) for of in (ours[0], plain, ours[1], changed)]
+            estimates = [contrast([1, -1], sides[:2]), contrast([1, -1], sides[2:])]
+            estimates.append(contrast([-1, 1, 1, -1], sides))
+            leads = [cell(estimate, digits_of(changed[0].env), "+") for estimate in estimates]
+        row = [title, departures, label, f"{len(changed)}, {len(plain)}"]
+        rows.append([*row, *difference_cells(changed, plain, score), *leads])
+    head = ["environment", "with", "method", "seeds", "what it changes", "p"]
+    return table([*head, "DMA*-SH's lead without", "lead with", "change of the lead"], rows)
 
 
 CLAIMS = [  # what the paper says: the first arm is better than the second
@@ -312,18 +335,6 @@ CLAIMS = [  # what the paper says: the first arm is better than the second
 ]
 
 
-def claims_in(runs):
-    """A claim, the title of its block, and its two lists of runs, for each that has them."""
-    blocks = blocks_of(runs)
-    for claim, first, second in CLAIMS:
-        for title, arms in blocks.items():
-            for departures in departures_in(arms):
-                better = find(arms, first, departures)
-                worse = find(arms, second, departures)
-                if better and worse:
-                    yield claim, title, better, worse
-
-
 def verdict(difference, p):
     if p >= LEVEL:
         return "inconclusive"
@@ -332,40 +343,45 @@ def verdict(difference, p):
     return "against it"
 
 
-class Judged(NamedTuple):
+@dataclass
+class Judged:
     """A claim in one block."""
 
     claim: str
     title: str
     better: list  # of runs
     worse: list
-    difference: float
-    p: float  # nan: no test
-    corrected: float  # Holm's p
-    verdict: str
+    estimate: tuple  # the difference with its interval
+    p: float
+    corrected: float = math.nan  # Holm's p, where there is a test
+    verdict: str = ""
 
 
 def judged(runs, score):
-    """All claims; p is corrected for all that have enough seeds."""
-    claims, ps = list(claims_in(runs)), []
-    for _, _, better, worse in claims:
-        p = math.nan
-        if min(len(better), len(worse)) >= FEWEST:
-            p = permutation_p(scores(better, score), scores(worse, score))
-        ps.append(p)
-    corrected = iter(holm([p for p in ps if not math.isnan(p)]))
-    result = []
-    for (claim, title, better, worse), p in zip(claims, ps):
-        difference = scores(better, score).mean() - scores(worse, score).mean()
-        if min(len(better), len(worse)) < FEWEST:
-            end = math.nan, "too few seeds"
-        elif math.isnan(p):
-            end = math.nan, "too many seeds for an exact p"
+    """The claims in all blocks that have their methods, with the same departures.
+
+    p is corrected for all that have enough seeds.
+    """
+    blocks = blocks_of(runs)
+    found, tested = [], []
+    for claim, first, second in CLAIMS:
+        for title, arms in blocks.items():
+            for better in arms.values():
+                worse = find(arms, second, better[0].departures)
+                if better[0].label == first and worse:
+                    numbers = difference(better, worse, score)
+                    found.append(Judged(claim, title, better, worse, *numbers))
+    for of in found:
+        if min(len(of.better), len(of.worse)) < FEWEST:
+            of.verdict = "too few seeds"
+        elif math.isnan(of.p):
+            of.verdict = "too many seeds for an exact p"
         else:
-            p_holm = next(corrected)
-            end = p_holm, verdict(difference, p_holm)
-        result.append(Judged(claim, title, better, worse, difference, p, *end))
-    return result
+            tested.append(of)
+    for of, corrected in zip(tested, holm([of.p for of in tested])):
+        of.corrected = corrected
+        of.verdict = verdict(of.estimate[0], corrected)
+    return found
 
 
 def claims_table(runs, score):
@@ -375,7 +391,7 @@ def claims_table(runs, score):
         first = of.better[0]
         setting = ", ".join(filter(None, [setting_of(first), first.departures]))
         row = [of.claim, of.title, setting, f"{len(of.better)}, {len(of.worse)}"]
-        row += difference_cells(of.better, of.worse, score)
+        row += [cell(of.estimate, digits_of(first.env), "+"), p_text(of.p)]
         rows.append([*row, p_text(of.corrected), of.verdict])
     head = ["the paper says", "environment", "setting", "seeds", "difference", "p", "Holm's p"]
     return table([*head, "verdict"], rows)
@@ -383,63 +399,18 @@ def claims_table(runs, score):
 
 def claims_in_short(runs):
     """A row per claim, a column per block: the difference and, in parentheses, Holm's p."""
-    tested = [of for of in judged(runs, "mean") if not math.isnan(of.p)]
+    tested = [of for of in judged(runs, "mean") if not math.isnan(of.corrected)]
     titles = [title for title in blocks_of(runs) if title in {of.title for of in tested}]
     rows = []
     for claim, of_claim in group(tested, lambda of: of.claim).items():
         cells = dict.fromkeys(titles, "–")
         for of in of_claim:
-            difference = figure(of.difference, digits_of(of.better[0].env), "+")
+            difference = figure(of.estimate[0], digits_of(of.better[0].env), "+")
             cells[of.title] = f"{difference} ({p_text(of.corrected)})"
-        envs = group(of_claim, lambda of: of.verdict)
-        verdicts = [f"{words} ({len(of)} of {len(of_claim)})" for words, of in envs.items()]
-        rows.append([claim, *cells.values(), ", ".join(verdicts)])
+        verdicts = Counter(of.verdict for of in of_claim)
+        words = [f"{words} ({n} of {len(of_claim)})" for words, n in verdicts.items()]
+        rows.append([claim, *cells.values(), ", ".join(words)])
     return table(["the paper says", *titles, "verdict"], rows)
-
-
-def artefacts_table(runs, score):
-    """What departures cost a method, and DMA*-SH's lead over it without and with them."""
-    rows = []
-    for title, arms in blocks_of(runs).items():
-        for changed in arms.values():
-            label, departures = changed[0].label, changed[0].departures
-            if not departures or label not in arms:
-                continue
-            row = [title, departures, label, f"{len(changed)}, {len(arms[label])}"]
-            row += difference_cells(changed, arms[label], score)
-            ours = arms.get(OURS), find(arms, OURS, departures)
-            if label != OURS and all(ours):
-                digits = digits_of(changed[0].env)
-                lists = [ours[0], arms[label], ours[1], changed]
-                samples = [scores(of, score) for of in lists]
-                for weights in ([1, -1, 0, 0], [0, 0, 1, -1], [-1, 1, 1, -1]):
-                    used = [(w, x) for w, x in zip(weights, samples) if w]
-                    row.append(cell(contrast(*zip(*used)), digits, "+"))
-            rows.append(row + [""] * (9 - len(row)))
-    head = ["environment", "with", "method", "seeds", "what it changes", "p"]
-    return table([*head, "DMA*-SH's lead without", "lead with", "change of the lead"], rows)
-
-
-def samples(runs):
-    """Blocks that enter an aggregate, by setting and departures, of each environment one.
-
-    Of several blocks of an environment, that with most runs counts.
-    """
-    found = {}
-    for arms in blocks_of(runs).values():
-        first = one_of(arms)
-        if not largest(first.env) or not returns_without_action(first.env):
-            continue
-        for departures in departures_in(arms):
-            here = {arm: of for arm, of in arms.items() if of[0].departures == departures}
-            envs = found.setdefault((setting_of(first), departures), {})
-            if count(here) > count(envs.get(first.env, {})):
-                envs[first.env] = here
-    return found
-
-
-def count(arms):
-    return sum(map(len, arms.values()))
 
 
 def scaled(runs, score):
@@ -455,41 +426,45 @@ def mean_difference(pairs):
 
 
 def aggregates_table(runs):
-    """DMA*-SH minus each method over the environments that have both, on the common scale."""
+    """DMA*-SH minus each method over the environments that have both, on the common scale.
+
+    Of several blocks of an environment, that with most runs of the two counts.
+    """
+    found = {}
+    for _, arm, *pair in rivals_of_ours(runs):
+        first = pair[0][0]
+        pairs = found.setdefault((setting_of(first), arm), {})
+        known = not np.isnan(scaled(pair[0], "mean")).any()
+        if known and count(pair) > count(pairs.get(first.env, [])):
+            pairs[first.env] = pair
     rows = []
-    for (_, departures), envs in samples(runs).items():
-        for arm in dict.fromkeys(arm for arms in envs.values() for arm in arms):
-            pairs = {}
-            for env, arms in envs.items():
-                ours = find(arms, OURS, departures)
-                if ours and arm in arms and ours is not arms[arm]:
-                    pairs[env] = ours, arms[arm]
-            if len(pairs) < 2:
-                continue
-            row = [arm, len(pairs)]
-            for score in ("mean", "eval_out"):
-                of = {env: [scaled(side, score) for side in pair] for env, pair in pairs.items()}
-                row.append(cell(mean_difference(of.values()), 3, "+"))
-                row.append(figure(mean_probability(of.values()), 2))
-                row += leaving_one_out(of)
-            rows.append(row)
+    for (_, arm), pairs in found.items():
+        if len(pairs) < 2:
+            continue
+        row = [arm, len(pairs)]
+        for score in ("mean", "eval_out"):
+            of = {env: [scaled(side, score) for side in pair] for env, pair in pairs.items()}
+            row.append(cell(mean_difference(of.values()), 3, "+"))
+            row.append(figure(np.mean([probability_of_improvement(*x) for x in of.values()]), 2))
+            row += leaving_one_out(of)
+        rows.append(row)
     head = ["P(better)", "lowest, leaving one out", "highest"]
     head = ["mean of the sets", *head, "extrapolation", *head]
     return table(["DMA*-SH minus", "environments", *head], rows)
 
 
+def count(pair):
+    return sum(map(len, pair))
+
+
 def leaving_one_out(pairs):
     """The lowest and the highest difference without one of the environments."""
-    without = {}
+    without = []
     for env in pairs:
         rest = [pair for other, pair in pairs.items() if other != env]
-        without[env] = mean_difference(rest)[0]
-    ends = min(without, key=without.get), max(without, key=without.get)
-    return [f"{figure(without[env], 3, '+')} without {env}" for env in ends]
-
-
-def mean_probability(pairs):
-    return np.mean([probability_of_improvement(*pair) for pair in pairs])
+        without.append((mean_difference(rest)[0], env))
+    ends = min(without), max(without)
+    return [f"{figure(value, 3, '+')} without {env}" for value, env in ends]
 
 
 PAPER = {  # its returns, means of the three sets, at its own settings
@@ -555,8 +530,8 @@ optimistic.
 
 
 def report_text(runs):
-    versions = group(runs, lambda run: run.versions["version"])
-    versions = ", ".join(f"{printable(name)} ({len(of)})" for name, of in sorted(versions.items()))
+    versions = sorted(Counter(run.versions["version"] for run in runs).items())
+    versions = ", ".join(f"{printable(name)} ({n})" for name, n in versions)
     done = sum(run.finished for run in runs)
     parts = [INTRO, f"{len(runs)} runs, {done} of them finished. Versions: {versions}.\n"]
     for name, make in MAKERS.items():
@@ -580,22 +555,15 @@ def report(places, experiments, out):
 def fill(places, document, check):
     """Writes the tables of a document anew. With `check`, refuses one that would change."""
     runs = reader.read_runs(places)
-    known = {run.experiment for run in runs}
 
     def new(match):
         begin, name, experiments, end = match.groups()
-        wanted = known
-        if experiments:
-            wanted = experiments.split(", ")
-        for experiment in wanted:
-            if experiment not in known:
-                raise BadInput(f"{document}: no experiment {experiment!r}")
         if name not in MAKERS:
             raise BadInput(f"{document}: no table {name!r}; known: {', '.join(MAKERS)}")
-        made = MAKERS[name]([run for run in runs if run.experiment in wanted])
+        made = MAKERS[name](reader.of_experiments(runs, experiments.split(", ")))
         return f"{begin}{made}{end}"
 
-    pattern = r"(<!-- ([^>]+?)(?: of ([^>]+))? -->\n).*?(<!-- end -->)"
+    pattern = r"(<!-- ([^>]+?) of ([^>]+) -->\n).*?(<!-- end -->)"
     text = document.read_text(encoding="utf-8")
     filled, count = re.subn(pattern, new, text, flags=re.DOTALL)
     if check and filled != text:
@@ -619,7 +587,6 @@ def add(places, experiment, folder):
         else:
             print(f"{run.place}: not finished, left out")
     reader.refuse_doubles(runs)
-    folder.mkdir(parents=True, exist_ok=True)
     reader.write_tables(folder, runs)
     print(f"{folder}: {len(runs) - before} runs more, {len(runs)} in all")
 
@@ -637,30 +604,26 @@ def measure_no_action(envs):
     reader.write_table(NO_ACTION, rows)
 
 
-def seed_numbers(words):
-    numbers = []
-    for word in words:
-        ends = re.fullmatch("([0-9]+)(?:-([0-9]+))?", word)
-        found = []
-        if ends:
-            found = range(int(ends[1]), int(ends[2] or ends[1]) + 1)
-        if not found:
-            raise BadInput(f"--seeds {word}: must be seeds such as 1 2 3, or ranges such as 11-15")
-        numbers += found
-    return numbers
+def seeds(word):
+    """The seeds that a word such as 7 or 11-15 names."""
+    first, _, last = word.partition("-")
+    found = range(int(first), int(last or first) + 1)
+    if not found:
+        raise ValueError
+    return found
 
 
 def plan(envs, methods, seeds, given):
     """A command per run, seeds outermost, with the settings in `given`, words for dmash.py."""
     settings = vars(dmash.build_parser().parse_args(given))
-    for name in settings:
-        if name in ("env", "method", "seed") or name not in dmash.Config.__annotations__:
-            allowed = "allowed: --envs, --methods, --seeds, settings of a run"
-            raise BadInput(f"{dmash.flag(name)}: not here; {allowed}")
+    allowed = dmash.Config.__annotations__.keys() - {"env", "method", "seed"}
+    for name in settings.keys() - allowed:
+        words = "--envs, --methods, --seeds, settings of a run"
+        raise BadInput(f"{dmash.flag(name)}: not here; allowed: {words}")
     if "threads" not in settings:  # several runs at once must not slow each other down
         given = [*given, "--threads", "1"]
     lines = []
-    for seed, env, method in itertools.product(seed_numbers(seeds), envs, methods):
+    for seed, env, method in itertools.product(itertools.chain(*seeds), envs, methods):
         dmash.Config(env=env, method=method, seed=seed, **settings)
         words = ["--env", env, "--method", method, "--seed", str(seed), *given, "--go-on"]
         lines.append(shlex.join(["python", "dmash.py", *words]))
@@ -671,28 +634,24 @@ def build_parser():
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = dmash.Parser("compare.py", description=__doc__, **layout)
     modes = parser.add_subparsers(dest="mode", required=True)
+    names = ("plan", "add", "report", "no-action")
+    for_plan, for_add, for_report, for_no_action = [
+        modes.add_parser(name, allow_abbrev=False) for name in names
+    ]
+    several = {"nargs": "+", "required": True}
+    for part in (for_plan, for_no_action):
+        part.add_argument("--envs", **several, help="environments")
+    for_plan.add_argument("--methods", **several, help="methods of the comparison")
+    for_plan.add_argument("--seeds", type=seeds, **several, help="such as 1 2 or 11-15")
     about = "run folders, folders of these, or with runs.csv"
-    runs = {"nargs": "+", "metavar": "RUNS", "help": about}
-
-    more = "and settings: python dmash.py --help"
-    part = modes.add_parser("plan", allow_abbrev=False, epilog=more)
-    for name in ("envs", "methods", "seeds"):
-        part.add_argument(f"--{name}", nargs="+", required=True, help=f"{name}, one or more")
-
-    part = modes.add_parser("add", allow_abbrev=False)
-    part.add_argument("runs", **runs)
-    part.add_argument("--experiment", required=True, help="name of the experiment they belong to")
-    part.add_argument("--to", type=Path, default=RESULTS, help="folder of the tables (results)")
-
-    part = modes.add_parser("report", allow_abbrev=False)
-    part.add_argument("runs", **runs)
-    part.add_argument("--experiments", nargs="+", default=[], help="of the tables only these")
-    part.add_argument("--out", type=Path, default=Path("runs/report"), help="folder (%(default)s)")
-    part.add_argument("--into", type=Path, help="a document: write its tables, and no report")
-    part.add_argument("--check", action="store_true", help="with --into: only compare")
-
-    part = modes.add_parser("no-action", allow_abbrev=False)
-    part.add_argument("--envs", nargs="+", required=True, help="environments")
+    for part in (for_add, for_report):
+        part.add_argument("runs", nargs="+", metavar="RUNS", help=about)
+    for_add.add_argument("--experiment", required=True, help="its name in the tables")
+    for_add.add_argument("--to", type=Path, default=RESULTS, help="folder of tables (results)")
+    for_report.add_argument("--experiments", nargs="+", help="of the tables only these")
+    for_report.add_argument("--out", type=Path, default="runs/report", help="folder (%(default)s)")
+    for_report.add_argument("--into", type=Path, help="a document: write its tables, no report")
+    for_report.add_argument("--check", action="store_true", help="with --into: only compare")
     return parser
 
 

@@ -107,6 +107,8 @@ def contexts(run):
 
 
 def points_of(signs, kind, place):
+    """A function of a run: place and return for the contexts with these signs."""
+
     def points(run):
         rows = [row for row in run.contexts if tuple(row[name] for name in signs) == kind]
         return [(place(row), row["return"]) for row in rows]
@@ -115,8 +117,9 @@ def points_of(signs, kind, place):
 
 
 def drawn(arms, idle, columns):
+    arms = arms | {"no action": idle}
     rows = [[label for label in arms if label in LOOKS]]
-    rows += [[OURS, label] for label in arms if label not in LOOKS]
+    rows += [[OURS, label, "no action"] for label in arms if label not in LOOKS]
     heights = [2.2] + [1] * (len(rows) - 1)
     size = 3.8 * len(columns), 1.7 * sum(heights) + 0.9
     figure = Figure(figsize=size, layout="constrained")
@@ -126,32 +129,31 @@ def drawn(arms, idle, columns):
         row[0].set_ylabel("return")
         for ax, (title, _, points, trained, parts) in zip(row, columns):
             if labels is not rows[0]:
-                title = labels[-1]
+                title = labels[1]
             ax.set_title(title, fontsize="medium")
             for label in labels:
                 draw(ax, arms.get(label, []), points, parts, style(label))
-            draw(ax, idle, points, parts, style("no action"))
             if trained:
                 ax.axvspan(*trained, color="0.93", zorder=0)
                 ax.text(sum(trained) / 2, 0, "trained", color="0.35", ha="center", va="bottom")
     axes[0][0].set_ylim(bottom=0)
     for ax, (_, label, *_) in zip(axes[-1], columns):
         ax.set_xlabel(label)
-    lines, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=6, handlelength=3)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=6, handlelength=3)
     return figure
 
 
 def draw(ax, runs, points_of_run, parts, look):
     """Each point of each run, and a line through the means in so many equal parts of the axis."""
-    points = [point for run in runs for point in points_of_run(run)]
+    points = sorted(point for run in runs for point in points_of_run(run))
     if not points:
         return
-    lowest = min(x for x, _ in points)
-    width = (max(x for x, _ in points) - lowest) / parts or 1
-    near = group(sorted(points), lambda point: round((point[0] - lowest) / width))
+    lowest, highest = points[0][0], points[-1][0]
+    width = (highest - lowest) / parts or 1
+    near = group(points, lambda point: round((point[0] - lowest) / width))
     means = [np.mean(of, axis=0) for of in near.values()]
     ax.plot(*zip(*means), **look, markersize=5, markevery=max(1, len(means) // 8))
     if look["marker"]:
-        single = {**look, "linestyle": "", "label": "_"}
-        ax.plot(*zip(*points), **single, markersize=2.5, alpha=0.4, markeredgewidth=0)
+        single = look | {"linestyle": "", "label": "_", "alpha": 0.4}
+        ax.plot(*zip(*points), **single, markersize=2.5, markeredgewidth=0)

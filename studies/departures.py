@@ -42,15 +42,12 @@ import functools
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+from runs import aib_envs, dmash
 
 PUBLISHED = ["included", "terminal", "fresh", "apart"]
 PUBLISHED += ["same_index", "same_start", "finished", "epsilon"]
@@ -62,7 +59,13 @@ INTO_ETA = {  # which losses reach η
 }
 DEPARTURES = [*PUBLISHED, *INTO_ETA, "scaled"]
 
-plain_run_folder, plain_evaluate = dmash.run_folder, dmash.evaluate
+plain = SimpleNamespace(**vars(dmash))  # as dmash is before and after `departed`
+
+
+def replacing(mine):
+    """In the block, these functions and classes stand in the place of dmash's of the same names."""
+    return mock.patch.multiple(dmash, **{one.__name__: one for one in mine})
+
 
 # ---- Settings -----------------------------------------------------------------------------------
 
@@ -76,10 +79,9 @@ class Config(dmash.Config):
         names = set(self.departures.split("+")) - {""}
         if "published" in names:
             names = names - {"published"} | set(PUBLISHED)
-        for name in sorted(names):
-            if name not in DEPARTURES:
-                allowed = ["published", *DEPARTURES]
-                raise dmash.BadInput(aib_envs.unknown("departure", name, allowed))
+        for name in sorted(names - set(DEPARTURES)):
+            allowed = ["published", *DEPARTURES]
+            raise dmash.BadInput(aib_envs.unknown("departure", name, allowed))
         self.names = names
         self.departures = "+".join(sorted(names))
         if names == set(PUBLISHED):
@@ -90,11 +92,11 @@ class Config(dmash.Config):
 
 
 def run_folder(cfg):
-    plain = plain_run_folder(cfg)
+    folder = plain.run_folder(cfg)
     method = f"__{cfg.method}"
     if cfg.departures:
-        plain = plain.with_name(plain.name.replace(method, f"{method}.{cfg.departures}", 1))
-    return plain
+        folder = folder.with_name(folder.name.replace(method, f"{method}.{cfg.departures}", 1))
+    return folder
 
 
 # ---- Replay and rollout -------------------------------------------------------------------------
@@ -185,11 +187,10 @@ class Rollout(dmash.Rollout):
 def evaluate(agent, cfg, contexts, rollouts=1, seed=None):
     """With same_start, one rollout after the other: in each, all instances start alike."""
     if "same_start" not in cfg.names:
-        return plain_evaluate(agent, cfg, contexts, rollouts, seed)
-    seed = cfg.seed if seed is None else seed
-    results = []
-    for i in range(rollouts):
-        results.append(plain_evaluate(agent, cfg, contexts, 1, seed + i * 2**32))
+        return plain.evaluate(agent, cfg, contexts, rollouts, seed)
+    first = cfg.seed if seed is None else seed
+    seeds = [first + i * 2**32 for i in range(rollouts)]
+    results = [plain.evaluate(agent, cfg, contexts, 1, seed) for seed in seeds]
     returns, diverged = zip(*results)
     return np.hstack(returns), np.hstack(diverged)
 
@@ -213,7 +214,7 @@ class Actor(dmash.Actor):
 
 
 class Agent(dmash.Agent):
-    """Updates line by line as dmash.Agent does, but for `names`."""
+    """Updates as dmash.Agent does, with the losses below in the place of those of dmash."""
 
     def __init__(self, cfg, d_s, d_a, d_c):
         super().__init__(cfg, d_s, d_a, d_c)
@@ -224,68 +225,50 @@ class Agent(dmash.Agent):
             eta = {"params": list(self.h.parameters()), "lr": cfg.dynamics_lr}
             self.optimizers[loss].add_param_group(eta)
 
-    def omega_for(self, loss, batch, z, omega):
+    def infer(self, tau, noisy, c=None):
+        z, omega = super().infer(tau, noisy, c)
+        if self.cfg.into_eta:
+            self.z = z.detach()
+        return z, omega
+
+    def update(self, batch, step):
+        mine = self.dynamics_loss, self.critic_loss, self.actor_loss, self.temperature_loss
+        with replacing(mine):
+            return super().update(batch, step)
+
+    def omega_for(self, loss, omega, batch):
         """What π and Q get in the named loss."""
         if "fresh" in self.names:
-            z, omega = self.infer(batch.windows(), noisy=True, c=batch.c)
+            _, omega = self.infer(batch.windows(), noisy=True, c=batch.c)
         if loss in self.cfg.into_eta:
-            return self.h(z.detach())
+            return self.h(self.z)
         return omega.detach()
+
+    def dynamics_loss(self, f, omega, batch):
+        if "fresh" in self.names and self.method.kl:
+            self.infer(batch.windows(), noisy=True)  # leaves another KL term
+        return plain.dynamics_loss(f, omega, batch)
+
+    def critic_loss(self, pi, Q, Q_target, alpha, omega, batch, gamma):
+        omega = self.omega_for("critic", omega, batch)
+        gamma = gamma * batch.discounts
+        return plain.critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma)
+
+    def actor_loss(self, pi, Q, alpha, omega, batch):
+        omega = self.omega_for("actor", omega, batch)
+        self.told = batch.s, omega.detach()
+        if "through_pi" in self.names:
+            Q = self.Q_of_constant
+        return plain.actor_loss(pi, Q, alpha, omega, batch)
 
     def Q_of_constant(self, s, a, omega):
         return self.Q(s, a, omega.detach())
 
-    def update(self, batch, step):
-        """As dmash.Agent.update."""
-        optimizers, losses = self.optimizers, {}
-
-        z, omega = self.infer(batch.tau, noisy=True, c=batch.c)
-        if self.f is not None:
-            loss = dmash.dynamics_loss(self.f, omega, batch)
-            losses["dynamics_loss"] = loss.detach()
-            if self.method.kl:
-                if "fresh" in self.names:
-                    self.infer(batch.windows(), noisy=True)  # leaves another KL term
-                loss = loss * (1 + self.method.kl * self.g.kl)
-            optimizers["dynamics"].zero_grad()
-            loss.backward()
-            optimizers["dynamics"].step()
-
-        told = self.omega_for("critic", batch, z, omega)
-        networks = self.pi, self.Q, self.Q_target
-        gamma = self.cfg.gamma * batch.discounts
-        loss = dmash.critic_loss(*networks, self.alpha, told, batch, gamma)
-        losses["critic_loss"] = loss.detach()
-        optimizers["critic"].zero_grad()
-        loss.backward()
-        optimizers["critic"].step()
-
-        if step % 2 == 0:
-            Q = self.Q_of_constant if "through_pi" in self.names else self.Q
-            self.Q.requires_grad_(False)
-            for _ in range(2):
-                told = self.omega_for("actor", batch, z, omega)
-                loss, log_prob = dmash.actor_loss(self.pi, Q, self.alpha, told, batch)
-                losses["actor_loss"] = loss.detach()
-                optimizers["actor"].zero_grad()
-                loss.backward()
-                optimizers["actor"].step()
-
-                if "fresh" in self.names:
-                    with torch.no_grad():
-                        _, log_prob = self.pi.sample(batch.s, told)
-                loss = dmash.temperature_loss(self.log_alpha, log_prob, self.target_entropy)
-                optimizers["temperature"].zero_grad()
-                loss.backward()
-                optimizers["temperature"].step()
-
-                if self.pi_average is not None:
-                    dmash.move_towards(self.pi_average, self.pi, self.cfg.policy_average)
-            self.Q.requires_grad_(True)
-
-        dmash.move_towards(self.Q_target, self.Q, self.cfg.polyak)
-        losses["alpha"] = self.alpha
-        return losses
+    def temperature_loss(self, log_alpha, log_prob, target_entropy):
+        if "fresh" in self.names:
+            with torch.no_grad():
+                _, log_prob = self.pi.sample(*self.told)
+        return plain.temperature_loss(log_alpha, log_prob, target_entropy)
 
 
 class Run(dmash.Run):
@@ -305,9 +288,7 @@ class Run(dmash.Run):
 
 def departed():
     """In the block, dmash has the functions and classes of this file."""
-    mine = dict(Config=Config, run_folder=run_folder, evaluate=evaluate)
-    mine |= dict(Replay=Replay, Rollout=Rollout, Actor=Actor, Agent=Agent, Run=Run)
-    return mock.patch.multiple(dmash, **mine)
+    return replacing([Config, run_folder, Replay, Rollout, evaluate, Actor, Agent, Run])
 
 
 def main(argv=None):

@@ -194,19 +194,30 @@ def read_runs(places, experiments=()):
     """All runs in the places, in an order that does not depend on theirs.
 
     A place is a folder with the three tables, a run folder, or a folder that holds some. Of the
-    tables, only `experiments` are read, if any are named.
+    tables, only `experiments` are kept, if any are named.
     """
     runs = []
     for place in map(Path, places):
         files = sorted(place.rglob("config.json"))
         if (place / TABLES[0]).exists():
-            runs += read_tables(place, experiments)
+            runs += read_tables(place)
         elif files:
             runs += [read_run(file.parent) for file in files]
         else:
             raise BadInput(f"{place}: no run there; allowed: folders of runs, or with runs.csv")
+    if experiments:
+        runs = of_experiments(runs, experiments)
     refuse_doubles(runs)
     return sorted(runs, key=rank)
+
+
+def of_experiments(runs, names):
+    """The runs of these experiments, and those of run folders, which are of none."""
+    known = {run.experiment for run in runs}
+    for name in names:
+        if name not in known:
+            raise BadInput(f"no experiment {name!r}; known: {', '.join(sorted(known))}")
+    return [run for run in runs if run.experiment in ("", *names)]
 
 
 def refuse_doubles(runs):
@@ -275,13 +286,8 @@ def check_contexts(run, path):
 # ---- The three tables --------------------------------------------------------------------------
 
 
-def read_tables(folder, experiments=()):
+def read_tables(folder):
     paths = [folder / name for name in TABLES]
-    rows = read_table(paths[0], (), texts=None, key=("run",))
-    known = {row["experiment"] for row in rows}
-    for name in experiments:
-        if name not in known:
-            raise BadInput(f"{paths[0]}: no experiment {name!r}; known: {', '.join(sorted(known))}")
     numbers = ("step", "seconds", *SETS)
     metrics = read_table(paths[1], numbers, texts=("run",), key=("run", "step"))
     metrics = group(metrics, lambda row: row.pop("run"))
@@ -289,14 +295,13 @@ def read_tables(folder, experiments=()):
     contexts = read_table(paths[2], ("index", "return"), texts=("run", "set"), key=key)
     contexts = group(contexts, lambda row: row.pop("run"))
     runs = []
-    for row in rows:
+    for row in read_table(paths[0], (), texts=None, key=("run",)):
         name = row["run"]
         of_run = metrics.get(name, []), contexts.get(name, [])
         run = new_run(name, row["experiment"], row, *of_run, folder)
         if run.finished:
             check_contexts(run, paths[2])
-        if not experiments or run.experiment in experiments:
-            runs.append(run)
+        runs.append(run)
     return runs
 
 
@@ -320,6 +325,7 @@ def write_table(path, rows):
     data = dmash.csv_text(full).encode()
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     partial.replace(path)  # the whole table, or the old one

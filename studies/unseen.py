@@ -34,17 +34,13 @@ import compare
 import numpy as np
 import runs as reader
 from figures import Figure
-from runs import group
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+from runs import aib_envs, dmash, group
 
 LEFT_OUT = {
-    "di_signs_without_pp": (1.0, 1.0),
-    "di_signs_without_pm": (1.0, -1.0),
-    "di_signs_without_mp": (-1.0, 1.0),
-    "di_signs_without_mm": (-1.0, -1.0),
+    "di_signs_without_pp": {"sign_x": 1.0, "sign_y": 1.0},
+    "di_signs_without_pm": {"sign_x": 1.0, "sign_y": -1.0},
+    "di_signs_without_mp": {"sign_x": -1.0, "sign_y": 1.0},
+    "di_signs_without_mm": {"sign_x": -1.0, "sign_y": -1.0},
 }
 STRENGTHS = [-2, -1.5, -1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1, 1.5, 2]  # of a sign
 POINTS = 17  # values of another context
@@ -64,10 +60,7 @@ def context_sets(env_id, n=20, seed=0):
     sets = plain_context_sets("di_signs", n)
 
     def signed(name, pairs):
-        contexts = []
-        for context, (x, y) in zip(sets[name], cycle(pairs)):
-            contexts.append(context | {"sign_x": x, "sign_y": y})
-        return contexts
+        return [context | pair for context, pair in zip(sets[name], cycle(pairs))]
 
     left_out = LEFT_OUT[env_id]
     kept = [pair for pair in LEFT_OUT.values() if pair != left_out]
@@ -102,23 +95,21 @@ def report(places, out):
         raise dmash.BadInput(message)
     others = len(found) - len(runs)
     print(f"{len(runs)} runs; {others} more are unfinished or of other environments\n")
-    by_label = {}
-    table = []
     labels = labels_of([run.settings | {"method": run.method} for run in runs])
+    by_label = {}
+    rows = []
     for run, label in zip(runs, labels):
         by_label.setdefault(label, []).append(run)
         row = {"env": run.env, "method": run.method, "seed": run.seed, "steps": run.steps}
-        table.append(row | {name: run.last(name) for name in dmash.SETS})
+        rows.append(row | {name: run.last(name) for name in dmash.SETS})
     lines = []
     for label, of in by_label.items():
-        cells = [label, len(of), len({run.env for run in of})]
-        for name in dmash.SETS:
-            estimate = compare.contrast([1], [[run.last(name) for run in of]])
-            cells.append(compare.cell(estimate, 1))
-        lines.append(cells)
+        estimates = [compare.contrast([1], [compare.scores(of, name)]) for name in dmash.SETS]
+        cells = [compare.cell(estimate, 1) for estimate in estimates]
+        lines.append([label, len(of), len({run.env for run in of}), *cells])
     head = ["method", "runs", "pairs left out", "three pairs: train", "eval_in"]
     print(compare.table([*head, "the pair left out: eval_out"], lines), end="")
-    write(out / "unseen.csv", table)
+    reader.write_table(out / "unseen.csv", rows)
     draw_report(by_label).savefig(out / "unseen.png", dpi=110)
 
 
@@ -181,53 +172,50 @@ def where(dim, value):
     return "beyond"
 
 
-def means(rows, key):
-    return {name: np.mean([row["return"] for row in of]) for name, of in group(rows, key).items()}
-
-
-def evaluated(paths):
-    """Rows of beyond_<env>.csv by environment."""
-    policies = [dmash.load_policy(path) for path in reader.distinct(paths)]
-    rows = {}
-    for env, of_env in group(policies, lambda policy: policy[0].env).items():
-        rows[env] = []
-        panels, contexts = zip(*sweeps(aib_envs.lookup(env).context))
-        labels = labels_of([asdict(cfg) | {"steps": agent.step} for cfg, agent in of_env])
-        for (cfg, agent), label in zip(of_env, labels):
-            head = f"{env}, {cfg.method}, seed {cfg.seed}"
-            print(f"{head}, step {agent.step:,} of {cfg.steps:,}", flush=True)
-            returns, diverged = dmash.evaluate(agent, cfg, contexts, ROLLOUTS)
-            for panel, context, of, lost in zip(panels, contexts, returns, diverged):
-                row = {"method": label, "seed": cfg.seed, "step": agent.step} | panel | context
-                row |= {"return": float(np.mean(of)), "diverged": int(sum(lost))}
-                rows[env].append(row)
+def evaluated(env, policies):
+    """Rows of beyond_<env>.csv."""
+    rows = []
+    panels, contexts = zip(*sweeps(aib_envs.lookup(env).context))
+    labels = labels_of([asdict(cfg) | {"steps": agent.step} for cfg, agent in policies])
+    for (cfg, agent), label in zip(policies, labels):
+        head = f"{env}, {cfg.method}, seed {cfg.seed}"
+        print(f"{head}, step {agent.step:,} of {cfg.steps:,}", flush=True)
+        returns, diverged = dmash.evaluate(agent, cfg, contexts, ROLLOUTS)
+        for panel, context, of, lost in zip(panels, contexts, returns, diverged):
+            row = {"method": label, "seed": cfg.seed, "step": agent.step} | panel | context
+            rows.append(row | {"return": float(np.mean(of)), "diverged": int(sum(lost))})
     return rows
+
+
+def panel_table(dim, rows):
+    """Mean returns by method and range."""
+    ranges = group(rows, lambda row: where(dim, row[dim.name]))
+    names = list(ranges)[::-1]
+    lines = []
+    for method, of in group(rows, lambda row: row["method"]).items():
+        line = [method, len({row["seed"] for row in of})]
+        for name in names:
+            mean = np.mean([row["return"] for row in ranges[name] if row["method"] == method])
+            line.append(f"{mean:.1f}")
+        lines.append(line)
+    return compare.table(["method", "seeds", *names], lines)
 
 
 def beyond(paths, out):
     """Evaluates the policies, prints a table for each panel, and writes the returns."""
-    for env, rows in evaluated(paths).items():
+    policies = [dmash.load_policy(path) for path in reader.distinct(paths)]
+    of_envs = group(policies, lambda policy: policy[0].env)
+    tables = {env: evaluated(env, of_env) for env, of_env in of_envs.items()}
+    for env, rows in tables.items():
         dims = {dim.name: dim for dim in aib_envs.lookup(env).context}
         for title, panel in group(rows, lambda row: row["panel"]).items():
-            dim = dims[panel[0]["varied"]]
-            lines = []
-            for method, of in group(panel, lambda row: row["method"]).items():
-                columns = means(of, lambda row: where(dim, row[dim.name]))
-                names = list(columns)[::-1]
-                cells = [f"{columns[name]:.1f}" for name in names]
-                lines.append([method, len({row["seed"] for row in of}), *cells])
-            table = compare.table(["method", "seeds", *names], lines)
+            table = panel_table(dims[panel[0]["varied"]], panel)
             print(f"\n{env}: {title}\n\n{table}", end="")
         name = env.replace(":", ".").replace("/", ".")
-        write(out / f"beyond_{name}.csv", rows)
+        reader.write_table(out / f"beyond_{name}.csv", rows)
 
 
-# ---- Files and command line ---------------------------------------------------------------------
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dmash.csv_text(rows))
+# ---- Command line -------------------------------------------------------------------------------
 
 
 def run_command(argv):
