@@ -91,7 +91,7 @@ def permutation_p(x, y):
         for k in range(size, 0, -1):
             sums[k] = np.concatenate([sums[k], sums[k - 1] + value])
     observed = abs(values[: len(x)].sum())
-    return float(np.mean(abs(sums[size]) >= observed - 1e-9 * abs(values).sum()))
+    return np.mean(abs(sums[size]) >= observed - 1e-9 * abs(values).sum())
 
 
 def holm(ps):
@@ -105,7 +105,7 @@ def holm(ps):
 
 def probability_of_improvement(x, y):
     """The share of pairs in which x is larger, ties half."""
-    return float(np.mean([(np.sign(value - y).mean() + 1) / 2 for value in x]))
+    return np.mean([(np.sign(value - y).mean() + 1) / 2 for value in x])
 
 
 # ---- What is compared --------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def no_action(env, score):
     """What an agent earns that never acts, or nan."""
     found = returns_without_action(env).items()
     values = [value for (name, _), value in found if score in (name, "mean")]
-    return float(np.mean(values)) if values else math.nan
+    return np.mean(values) if values else math.nan
 
 
 def largest(env):
@@ -274,7 +274,7 @@ def difference_row(title, arm, ours, others):
 
 def speed(runs):
     """Gradient steps per second of whole runs, evaluations included: the median."""
-    return float(np.median([run.steps / run.last("seconds") for run in runs]))
+    return np.median([run.steps / run.last("seconds") for run in runs])
 
 
 def differences_table(runs):

@@ -21,13 +21,19 @@ SMALL = dict(env="di_inv", contexts=4, threads=1, hidden=8, hyper_hidden=8, bott
 
 
 def trained(folder, steps=120, **settings):
-    """A run past 150 random steps and 120 gradient steps, which lead over two resets."""
+    """A run past 150 random steps and 120 gradient steps, which lead over two resets.
+
+    Then the time of each transition takes the place of its reward.
+    """
     small = SMALL | dict(batch=64, subsample=1, encoder_hidden=8, seed=3)
     run = dmash.Run(dmash.Config(**small | settings), folder)
     for _ in range(150):
         run.rollout.collect(random=True)
     for _ in range(steps):
         run.gradient_step()
+    replay = run.rollout.replay
+    times = torch.arange(max(0, replay.t - replay.capacity), replay.t)
+    replay.rows[times % replay.capacity, :, -1] = times.float().unsqueeze(-1)
     return run
 
 
@@ -62,14 +68,6 @@ def noted(monkeypatch):
     return note
 
 
-def times_of(batch, replay):
-    """When each transition of a batch happened, (N, size / N), by looking for it in the replay."""
-    found = torch.cat([batch.s, batch.a], -1).unflatten(0, (replay.N, -1)).unsqueeze(2)
-    rows = replay.rows[: replay.t, :, : found.shape[-1]].transpose(0, 1).unsqueeze(1)
-    row = (found == rows).all(-1).int().argmax(-1)
-    return replay.t - 1 - (replay.t - 1 - row) % replay.capacity
-
-
 @pytest.mark.parametrize("method", ["dma_star_sh", "dma_pearl", "concat"])
 def test_without_a_departure_nothing_changes(method, tmp_path):
     plain = trained(tmp_path, method=method)
@@ -97,8 +95,7 @@ def test_terminal_targets_end_where_episodes_end(departing):
     replay, agent = departing.rollout.replay, departing.agent
     before = copy.deepcopy(agent)
     batch = replay.sample(2048)
-    times = times_of(batch, replay).flatten()
-    ends = (times == K + T - 1) | (times == 2 * (K + T) - 1)
+    ends = (batch.r == K + T - 1) | (batch.r == 2 * (K + T) - 1)
     assert 0 < ends.sum() < 200
     torch.manual_seed(0)
     found = agent.update(batch, 1)["critic_loss"]
@@ -115,21 +112,21 @@ def test_terminal_targets_end_where_episodes_end(departing):
 @departs("dma_star_sh.fresh", "dma_star.published", "dma_pearl.fresh")
 def test_fresh_draws_give_each_loss_a_code_of_its_own(departing, noted):
     agent, batch = departing.agent, departing.rollout.replay.sample(64)
-    inferred, critic = noted(agent, "infer"), noted(dmash, "critic_loss")
-    actor, temperature = noted(dmash, "actor_loss"), noted(dmash, "temperature_loss")
+    inferred = noted(agent, "infer")
+    losses = [
+        noted(departures.plain, f"{name}_loss") for name in ("critic", "actor", "temperature")
+    ]
     agent.update(batch, 2)
     windows = [args[0] for args, _ in inferred]
     assert len(windows) == (5 if agent.method.kl else 4)  # one more for the KL term
     for one, other in itertools.combinations(windows, 2):
         assert not torch.equal(one, other)
         assert torch.equal(one.sort(1).values, other.sort(1).values)  # of the same windows
-    codes = [omega[0] for _, (_, omega) in inferred[-3:]]
-    used = [critic[0][0][4][0], actor[0][0][3][0], actor[1][0][3][0]]
-    for code, found in zip(codes, used):
-        assert torch.equal(code, found)
-        assert not found.requires_grad
-    for one, other in itertools.combinations(codes, 2):
-        assert not torch.allclose(one, other)
+    critic, actor, temperature = losses
+    used = [critic[0][0][4], actor[0][0][3], actor[1][0][3]]
+    for (_, (_, omega)), found in zip(inferred[-3:], used):
+        assert torch.equal(omega[0], found[0])
+        assert not found[0].requires_grad
     for (_, (_, log_prob)), ((_, fresh, _), _) in zip(actor, temperature):
         assert not fresh.requires_grad
         assert not torch.allclose(log_prob, fresh)
@@ -143,7 +140,7 @@ def test_warm_ups_apart_fill_windows_but_no_batch(departing, noted):
     episodes = {*range(K, 2 * T), *range(2 * T + K, replay.t)}
     if "finished" in rollout.names:
         episodes = set(range(K, 2 * T))
-    assert set(times_of(replay.sample(4096), replay).flatten().tolist()) == episodes
+    assert set(replay.sample(4096).r.tolist()) == episodes
     n, first = torch.zeros(1, dtype=torch.long), torch.tensor([2 * T + K])
     warm_up = replay.rows[2 * T : 2 * T + K, 0, :-1]
     assert torch.equal(replay.windows(n, first, False)[0], warm_up)
@@ -158,8 +155,7 @@ def test_warm_ups_apart_fill_windows_but_no_batch(departing, noted):
 
 @departs("dma_star.same_index", "dr.same_index", "dma_star_sh.published")
 def test_same_index_draws_the_same_times_in_all_contexts_but_the_first(departing):
-    replay = departing.rollout.replay
-    times = times_of(replay.sample(48), replay)  # (4, 12)
+    times = departing.rollout.replay.sample(48).r.view(4, 12)
     assert torch.equal(times[1], times[2])
     assert torch.equal(times[1], times[3])
     assert not torch.equal(times[0], times[1])
@@ -190,15 +186,6 @@ def test_same_start_in_training_and_evaluation(departing, noted):
     assert len(starts_of(resets)) == 6
 
 
-@departs("concat.finished+same_index")
-def test_finished_batches_hold_no_transition_of_the_running_episode(departing):
-    replay = departing.rollout.replay
-    assert replay.t == 150 + 120 + 3 * K  # the third of three episodes with their warm-ups runs
-    times = times_of(replay.sample(8192), replay)
-    assert times.max() == 2 * (K + T) - 1
-    assert times.min() == K
-
-
 def test_a_ring_that_wraps_around(tmp_path):
     """The oldest rows are lost, and the marks with them."""
     names = "terminal+apart+finished"
@@ -211,8 +198,7 @@ def test_a_ring_that_wraps_around(tmp_path):
     expected = [time for start in starts for time in range(start, start + T) if time >= oldest]
     assert replay.times().tolist() == expected
     batch = replay.sample(4096)
-    times = times_of(batch, replay).flatten()
-    ended = sum(times == start + T - 1 for start in starts)
+    ended = sum(batch.r == start + T - 1 for start in starts)
     assert torch.equal(batch.discounts, 1.0 - ended)
     assert ended.any()
 
