@@ -50,12 +50,15 @@ MOST_SPLITS = 5_000_000  # of an exact p
 # ---- Statistics --------------------------------------------------------------------------------
 
 
-def t_quantile(p, dof):
-    """Student's t with t = √dof · tan θ: the density of θ is proportional to cos(θ)^(dof - 1)."""
+def t_quantile(dof):
+    """The 97.5 % quantile of Student's t: |t| is below it in 95 % of cases.
+
+    With t = √dof · tan θ the density of θ is proportional to cos(θ)^(dof - 1).
+    """
     theta = np.linspace(0, np.pi / 2, 20_001)
     middle = (theta[1:] + theta[:-1]) / 2
     mass = np.concatenate([[0], np.cumsum(np.cos(middle) ** (dof - 1))])
-    return math.sqrt(dof) * math.tan(np.interp(2 * p - 1, mass / mass[-1], theta))
+    return math.sqrt(dof) * math.tan(np.interp(0.95, mass / mass[-1], theta))
 
 
 def contrast(weights, samples):
@@ -72,7 +75,7 @@ def contrast(weights, samples):
     if variance == 0:
         return point, point, point
     squares = [share**2 / (len(x) - 1) for share, x in zip(shares, samples)]
-    half = t_quantile(0.975, variance**2 / sum(squares)) * math.sqrt(variance)
+    half = t_quantile(variance**2 / sum(squares)) * math.sqrt(variance)
     return point, point - half, point + half
 
 
