@@ -462,12 +462,12 @@ def count(pair):
 
 def leaving_one_out(pairs):
     """The lowest and the highest difference without one of the environments."""
-    without = []
+    without = {}
     for env in pairs:
         rest = [pair for other, pair in pairs.items() if other != env]
-        without.append((mean_difference(rest)[0], env))
-    ends = min(without), max(without)
-    return [f"{figure(value, 3, '+')} without {env}" for value, env in ends]
+        without[env] = mean_difference(rest)[0]
+    ends = min(without, key=without.get), max(without, key=without.get)
+    return [f"{figure(without[env], 3, '+')} without {env}" for env in ends]
 
 
 PAPER = {  # its returns, means of the three sets, at its own settings
