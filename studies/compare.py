@@ -14,7 +14,6 @@ through two at a time, or as a Slurm array, in a shell where `python` is the one
     sbatch --array=1-$(wc -l < plan.txt) --wrap 'sed -n "${SLURM_ARRAY_TASK_ID}p" plan.txt | sh'
 
 xargs takes quotes away. Where a value needs them: tr '\\n' '\\0' | xargs -0 -P 2 …
-Words that `plan` does not know are settings of the runs (python dmash.py --help).
 
 `add` puts finished runs into the tables of results/ (studies/runs.py says which). `report` reads
 these tables, run folders, or both, and writes report.md with figures. With --into, it writes each
@@ -641,6 +640,7 @@ def build_parser():
     for_plan, for_add, for_report, for_no_action = [
         modes.add_parser(name, allow_abbrev=False) for name in names
     ]
+    for_plan.epilog = "and settings: python dmash.py --help"
     several = {"nargs": "+", "required": True}
     for part in (for_plan, for_no_action):
         part.add_argument("--envs", **several, help="environments")
