@@ -471,6 +471,9 @@ def test_figures_show_every_seed_and_no_action(five_seeds, tmp_path, capsys):
         assert len(single_seeds(learning)) == 10  # five seeds, two evaluations
         for ax in others:
             assert [text.get_text() for text in ax.texts] == ["trained"]
+            idle = {line.get_label(): line.get_ydata() for line in ax.lines}["no action"]
+            measured = compare.returns_without_action(name).values()
+            assert min(measured) <= min(idle) <= max(idle) <= max(measured)
         labels[name] = [(ax.get_title(), ax.get_xlabel()) for ax in others]
     assert labels == {
         "di_inv": [("not inverted", "mass"), ("inverted", "mass")],
