@@ -146,12 +146,12 @@ def drawn(arms, idle, columns):
 
 def draw(ax, runs, points_of_run, parts, look):
     """Each point of each run, and a line through the means in so many equal parts of the axis."""
-    points = sorted(point for run in runs for point in points_of_run(run))
+    points = [point for run in runs for point in points_of_run(run)]
     if not points:
         return
-    lowest, highest = points[0][0], points[-1][0]
-    width = (highest - lowest) / parts or 1
-    near = group(points, lambda point: round((point[0] - lowest) / width))
+    lowest = min(x for x, _ in points)
+    width = (max(x for x, _ in points) - lowest) / parts or 1
+    near = group(sorted(points), lambda point: round((point[0] - lowest) / width))
     means = [np.mean(of, axis=0) for of in near.values()]
     ax.plot(*zip(*means), **look, markersize=5, markevery=max(1, len(means) // 8))
     if look["marker"]:
