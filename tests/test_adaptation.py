@@ -127,13 +127,16 @@ def test_an_environment_without_modes_goes_between_the_ends(monkeypatch):
 
     def rewards(agent, contexts, **how):
         seen.append([context["gravity"] for context in contexts])
-        return np.ones((250, len(contexts)))
+        return np.tile(seen[-1], (250, 1))
 
     monkeypatch.setattr(adaptation, "rewards", rewards)
     rows = adaptation.study(untrained("dr", "walker"))
     ends = [4.91, 14.71] * 2 + [14.71, 4.91] * 2  # as many as trained on
     assert all(gravities == pytest.approx(ends) for gravities in seen)
     assert {row["mode"] for row in rows} == {"all", "gravity=4.91", "gravity=14.71"}
+    found = {row["question"]: row["reward"] for row in rows if row["mode"] == "gravity=4.91"}
+    assert found["start"] == pytest.approx(4.91)
+    assert found["switch"] == pytest.approx(14.71)  # the mode is the new one
 
 
 def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
