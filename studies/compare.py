@@ -133,6 +133,8 @@ def blocks_of(runs):
     titles = {}
     for block in blocks:
         env, setting = block[0].env, setting_of(block[0])
+        if len({tuple(run.contexts[0]) for run in block}) > 1:
+            raise BadInput(f"{env}: its runs have different contexts, and cannot be compared")
         words = [env, f"{block[0].steps:,} steps"]
         if len(settings) > 1:
             words.append(setting)

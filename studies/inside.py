@@ -36,7 +36,6 @@ A policy that gets z or c in place of ω gets it here too. Methods that get c ha
 """
 
 import argparse
-import csv
 import itertools
 import sys
 from pathlib import Path
@@ -44,11 +43,9 @@ from pathlib import Path
 import inside_figures
 import mutual_information
 import numpy as np
+import runs as reader
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+from runs import aib_envs, dmash
 
 EPISODES = 4  # in each context, for mean codes and Variability
 CROSS_EPISODES = 8  # in each cell of the cross-table
@@ -247,9 +244,9 @@ def returns_of(path, step):
         folder = folder.parent
     file = folder / "metrics.csv"
     if file.is_file():
-        for row in csv.DictReader(file.read_text().splitlines()):
-            if int(row["step"]) == step:
-                return {name: float(row[name]) for name in dmash.SETS}
+        for row in reader.read_table(file, ("step", *dmash.SETS), texts=()):
+            if row["step"] == step:
+                return {name: row[name] for name in dmash.SETS}
     return {}
 
 

@@ -129,6 +129,8 @@ def distinct(places):
     seen = {}
     for place in map(Path, places):
         same = place.resolve()
+        if same.name == "policy.pt":
+            same = same.parent
         if same in seen:
             raise BadInput(f"{place}: given twice")
         seen[same] = place

@@ -144,5 +144,5 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
     walker = save_untrained(tmp_path, "dr", "walker")
     assert "nowhere" in refusal(adaptation, [tmp_path / "nowhere"], capsys)
     assert "one environment" in refusal(adaptation, [di, walker], capsys)
-    assert "given twice" in refusal(adaptation, [di, di], capsys)
+    assert "given twice" in refusal(adaptation, [di, di / "policy.pt"], capsys)
     assert "policy.pt" in refusal(adaptation, [di, "--out", di / "policy.pt"], capsys)

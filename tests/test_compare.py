@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
@@ -34,8 +33,13 @@ SAMPLES = [
 of_samples = pytest.mark.parametrize("x, y", SAMPLES)
 
 
+@pytest.fixture
+def stats():
+    return pytest.importorskip("scipy.stats", reason="scipy is not installed")
+
+
 @of_samples
-def test_intervals_are_welchs_and_students(x, y):
+def test_intervals_are_welchs_and_students(x, y, stats):
     point, *ends = compare.contrast([1, -1], [x, y])
     welch = stats.ttest_ind(x, y, equal_var=False)
     assert point == pytest.approx(np.mean(x) - np.mean(y))
@@ -64,7 +68,7 @@ def test_few_or_equal_values_have_no_interval_or_none_of_width():
 
 
 @of_samples
-def test_p_is_that_of_all_splits(x, y):
+def test_p_is_that_of_all_splits(x, y, stats):
     def distance(a, b):
         return abs(np.mean(a) - np.mean(b))
 
@@ -82,7 +86,7 @@ def test_holm_by_hand():
 
 
 @of_samples
-def test_probability_of_improvement_is_mann_whitneys(x, y):
+def test_probability_of_improvement_is_mann_whitneys(x, y, stats):
     expected = stats.mannwhitneyu(x, y).statistic / (len(x) * len(y))
     assert compare.probability_of_improvement(x, np.array(y)) == pytest.approx(expected)
 
@@ -445,6 +449,9 @@ def test_earlier_evaluations_and_columns_of_ones_own_do_no_harm(tmp_path):
     assert len(whole.contexts) == 60
     assert "colour of the car" in whole.contexts[0]
     assert begun.metrics == begun.contexts == []
+    make_run(tmp_path, "di_inv", "dr", 3, 50)
+    with pytest.raises(dmash.BadInput, match="di_inv: its runs have different contexts"):
+        compare.blocks_of(reader.read_runs([tmp_path]))
 
 
 # ---- Figures -----------------------------------------------------------------------------------

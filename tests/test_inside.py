@@ -237,6 +237,9 @@ def test_returns_are_those_of_the_run_folder_of_a_policy(tmp_path):
     table.rename(run / "metrics.csv")
     for place in (run, policy):
         assert inside.returns_of(place, 20) == {"train": 4, "eval_in": 5, "eval_out": 6}
+    (run / "metrics.csv").write_text("step,train,eval_in,eval_out\n20,4,5")
+    with pytest.raises(dmash.BadInput, match="metrics.csv, line 1: the last line is torn"):
+        inside.returns_of(run, 20)
 
 
 def test_an_environment_with_one_mode(tmp_path, rows_of):
