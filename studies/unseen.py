@@ -1,7 +1,8 @@
-"""Does a method act well where a discontinuous context is new?
+"""Does a method act well where a discontinuous context is new? How far beyond its ranges?
 
     python studies/unseen.py --env di_signs_without_pm --method concat --quick    one run
     python studies/unseen.py report RUNS... --out results/unseen         what they came to
+    python studies/unseen.py beyond RUN... --out results/beyond          a minute a run on cartpole
 
 In the paper's evaluation every sign was trained on. `di_signs` has a sign for each axis. An agent
 that was trained on three of the four pairs knows each sign, but not the fourth pair. The first
@@ -15,11 +16,17 @@ command line is that of dmash.py, with four environments more: di_signs_without_
 RUNS are run folders, folders of these, or a folder with tables (results). `report` prints the mean
 return by method, over pairs and seeds, with its 95 % interval. unseen.csv has a row for each run,
 and unseen.png (by matplotlib) shows them all.
+
+`beyond` varies one context value after the other, for each sign: from a quarter of the lower to
+four times the upper extrapolation limit. A sign's strength goes from 0 to twice the trained one.
+All else has its default, and what an actuator gets is clipped to [-1, 1]. The program prints means
+by range. beyond_<env>.csv has all returns.
 """
 
 import argparse
 import sys
-from itertools import cycle
+from dataclasses import asdict
+from itertools import cycle, product
 from pathlib import Path
 from unittest import mock
 
@@ -35,6 +42,10 @@ LEFT_OUT = {
     "di_signs_without_mp": {"sign_x": -1.0, "sign_y": 1.0},
     "di_signs_without_mm": {"sign_x": -1.0, "sign_y": -1.0},
 }
+STRENGTHS = [-2, -1.5, -1, -0.5, -0.25, -0.1, 0, 0.1, 0.25, 0.5, 1, 1.5, 2]  # of a sign
+POINTS = 17  # values of another context
+FAR = 4  # how far beyond its limits
+ROLLOUTS = 5  # episodes at each
 NO_SETTINGS = [*reader.UNTOLD, *reader.TECHNICAL]  # that would make runs differ
 
 plain_context_sets = aib_envs.context_sets
@@ -118,17 +129,104 @@ def draw_report(by_label):
     return figure
 
 
+# ---- Far beyond the ranges ----------------------------------------------------------------------
+
+
+def sweeps(dims):
+    """Pairs of a panel and a context.
+
+    In a panel one dimension varies, and the others have one combination of signs.
+    """
+    for dim in dims:
+        others = [other for other in dims if other.binary and other is not dim]
+        for signs in product(*(other.train[::-1] for other in others)):
+            fixed = {other.name: sign for other, sign in zip(others, signs)}
+            words = [f"{name} {sign:g}" for name, sign in fixed.items()]
+            title = ", ".join([dim.name, *words])
+            for value in swept(dim):
+                context = {other.name: other.default for other in dims}
+                context |= fixed | {dim.name: float(value)}
+                yield {"panel": title, "varied": dim.name}, context
+
+
+def swept(dim):
+    """The values that a dimension takes."""
+    if dim.only:
+        return []
+    if dim.binary:
+        return STRENGTHS
+    low, high = dim.extrapolation
+    high = min(high * FAR, 0.99 * dim.below)
+    if low > 0:
+        return np.geomspace(low / FAR, high, POINTS)
+    return np.linspace(low * FAR, high, POINTS)
+
+
+def where(dim, value):
+    """The column of the table that a value counts in."""
+    if dim.binary:
+        return f"±{abs(value):g}"
+    for name, (low, high) in {"train": dim.train, "extrapolation": dim.extrapolation}.items():
+        if low <= value <= high:
+            return f"{name} range"
+    return "beyond"
+
+
+def evaluated(env, policies):
+    """Rows of beyond_<env>.csv."""
+    rows = []
+    panels, contexts = zip(*sweeps(aib_envs.lookup(env).context))
+    labels = labels_of([asdict(cfg) | {"steps": agent.step} for cfg, agent in policies])
+    for (cfg, agent), label in zip(policies, labels):
+        head = f"{env}, {cfg.method}, seed {cfg.seed}"
+        print(f"{head}, step {agent.step:,} of {cfg.steps:,}", flush=True)
+        returns, diverged = dmash.evaluate(agent, cfg, contexts, ROLLOUTS)
+        for panel, context, of, lost in zip(panels, contexts, returns, diverged):
+            row = {"method": label, "seed": cfg.seed, "step": agent.step} | panel | context
+            rows.append(row | {"return": float(np.mean(of)), "diverged": int(sum(lost))})
+    return rows
+
+
+def panel_table(dim, rows):
+    """Mean returns by method and range."""
+    ranges = group(rows, lambda row: where(dim, row[dim.name]))
+    names = list(ranges)[::-1]
+    lines = []
+    for method, of in group(rows, lambda row: row["method"]).items():
+        line = [method, len({row["seed"] for row in of})]
+        for name in names:
+            mean = np.mean([row["return"] for row in ranges[name] if row["method"] == method])
+            line.append(f"{mean:.1f}")
+        lines.append(line)
+    return compare.table(["method", "seeds", *names], lines)
+
+
+def beyond(paths, out):
+    """Evaluates the policies, prints a table for each panel, and writes the returns."""
+    policies = [dmash.load_policy(path) for path in reader.distinct(paths)]
+    of_envs = group(policies, lambda policy: policy[0].env)
+    tables = {env: evaluated(env, of_env) for env, of_env in of_envs.items()}
+    for env, rows in tables.items():
+        dims = {dim.name: dim for dim in aib_envs.lookup(env).context}
+        for title, panel in group(rows, lambda row: row["panel"]).items():
+            table = panel_table(dims[panel[0]["varied"]], panel)
+            print(f"\n{env}: {title}\n\n{table}", end="")
+        name = env.replace(":", ".").replace("/", ".")
+        reader.write_table(out / f"beyond_{name}.csv", rows)
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 
 def run_command(argv):
     layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = dmash.Parser("unseen.py", description=__doc__, **layout)
-    parser.add_argument("mode", choices=["report"])
+    modes = {"report": report, "beyond": beyond}
+    parser.add_argument("mode", choices=modes)
     parser.add_argument("places", nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    report(args.places, args.out)
+    modes[args.mode](args.places, args.out)
 
 
 @mock.patch.dict(aib_envs.ENVS, dict.fromkeys(LEFT_OUT, aib_envs.ENVS["di_signs"]))

@@ -5,6 +5,7 @@ import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,11 +107,77 @@ def test_report_by_hand(runs, tmp_path, capsys):
     assert [list(line.get_ydata()) for line in ax.lines] == [[50, 70, 30], [47, 67, 27]]
 
 
+# ---- Far beyond the ranges ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", ["di_signs", "di_perm", "ode", "ball_in_cup"])
+def test_sweeps_vary_one_dimension_far_beyond_its_ranges(env_id):
+    dims = {dim.name: dim for dim in aib_envs.ENVS[env_id].context}
+    signs = [name for name, dim in dims.items() if dim.binary]
+    panels = {}
+    for panel, context in unseen.sweeps(dims.values()):
+        assert aib_envs.full_context(env_id, context) == context  # accepted as it is
+        panels.setdefault((panel["panel"], panel["varied"]), []).append(context)
+    for name, dim in dims.items():
+        count = sum(varied == name for _, varied in panels)
+        assert count == (0 if dim.only else 2 ** len({*signs} - {name}))
+    for (_, name), contexts in panels.items():
+        dim = dims[name]
+        values = [context.pop(name) for context in contexts]
+        if dim.binary:
+            assert {0, 0.25, -0.5, 1, -1, 2} <= set(values)
+        else:
+            counted = {unseen.where(dim, value) for value in values}
+            assert counted == {"train range", "extrapolation range", "beyond"}
+            assert values[0] < dim.extrapolation[0]
+            assert dim.extrapolation[1] < values[-1]
+        for context in contexts:
+            assert context == contexts[0]
+        for other, value in contexts[0].items():
+            assert value in (dims[other].train if other in signs else [dims[other].default])
+
+
+def test_beyond_by_hand(tmp_path, monkeypatch, capsys):
+    """A return is the seed times the mass, and 1000 more in the mass if the motor is reversed."""
+
+    def loaded(path):
+        method, seed = str(path)[:-1], str(path)[-1]
+        cfg = dmash.Config(env="di_inv", method=method, seed=seed)
+        return cfg, type("Agent", (), {"step": 7})
+
+    def evaluate(agent, cfg, contexts, rollouts):
+        assert rollouts == unseen.ROLLOUTS
+        values = [c["mass"] + 1000 * (c["action_factor"] == -1) for c in contexts]
+        returns = cfg.seed * np.array(values)[:, None]
+        return returns + [-1, 1], returns < [0, 1]  # (contexts, 2)
+
+    monkeypatch.setattr(dmash, "load_policy", loaded)
+    monkeypatch.setattr(dmash, "evaluate", evaluate)
+    assert unseen.main(["beyond", "dr1", "dr3", "da1", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "di_inv, dr, seed 3, step 7 of 100,000" in text
+    table = text.split("di_inv: mass, action_factor -1\n\n")[1].split("\n\n")[0]
+    assert table.startswith("| method | seeds | train range | extrapolation range | beyond |")
+    masses = np.geomspace(0.1 / 4, 2 * 4, unseen.POINTS)
+    trained = (0.5 <= masses) & (masses <= 1.5)
+    near = (0.1 <= masses) & (masses <= 2) & ~trained
+    means = [1000 + masses[part].mean() for part in (trained, near, ~trained & ~near)]
+    for method, seeds, seed in (("DR", 2, 2), ("DA", 1, 1)):  # the mean of seeds 1 and 3
+        cells = " | ".join(f"{seed * mean:.1f}" for mean in means)
+        assert f"| {method} | {seeds} | {cells} |" in table
+    strengths = text.split("di_inv: action_factor\n")[1]
+    assert "| ±0 | ±0.1 | ±0.25 | ±0.5 | ±1 | ±1.5 | ±2 |" in strengths
+    assert "| DA | 1 | 1.0 | 1.0 | 1.0 | 1.0 | 501.0 | 1.0 | 1.0 |" in strengths
+    for row in read(tmp_path / "beyond_di_inv.csv"):
+        assert float(row["diverged"]) == (float(row["return"]) < 1)
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     make_run(tmp_path / "runs", "di_inv", "dr", 1, 60)
     for words, message in (
         ("repot", "invalid choice: 'repot'"),
         (f"report {tmp_path}/runs --out x", "no finished run of di_signs_without_pp, "),
+        ("beyond nowhere --out x", "nowhere: must be a policy file"),
     ):
         said = refusal(unseen, words.split(), capsys)
         assert said.startswith("unseen.py: error: ") and message in said
