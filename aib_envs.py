@@ -2,19 +2,21 @@
 
 These are the environments of *Dynamics-Aligned Shared Hypernetworks for Contextual RL under
 Discontinuous Shifts* (arXiv 2602.06550), "the paper" below. dmash.py trains the paper's agent on
-them. This file does not need it. A context is fixed during an episode. It changes the dynamics
-only, and the agent never observes it.
+them. This file does not need it. A context is hidden: the agent does not observe it. It stays the
+same during an episode, and it changes the dynamics.
 
     env = make("cartpole_inv", length=0.7, action_factor=-1)  # one gymnasium.Env
     sets = context_sets("cartpole_inv")                       # {"train": [{...}, ...], ...}
     envs = VectorEnv("cartpole_inv", sets["train"], seed=0)   # side by side, as dmash.py trains
     gymnasium.make("aib_envs:aib/cartpole_inv-v0", length=0.7, action_factor=-1)
     gymnasium.make_vec("aib_envs:aib/cartpole_inv-v0", num_envs=20, contexts="train")
+    make("gymnasium:Pendulum-v1", action_factor=-1)           # Gymnasium's own, if never terminal
 
 Three kinds of environments, by what one policy that ignores the context can reach:
 - overlapping: such a policy does well in every context;
 - non-overlapping: what is right in one context is wrong in another, so no such policy does well;
-- weakly non-overlapping: no such policy does well everywhere, but similar contexts share actions.
+- weakly non-overlapping: no such policy does well everywhere, but similar contexts call for
+  similar actions.
 
 T is the horizon, in steps. The agent infers the context from a window of its last K transitions.
 A run of dmash.py makes `steps` gradient steps. K and `steps` are the paper's.
@@ -35,11 +37,13 @@ walker_gym        gravity, actuator_strength 1000 overlapping        128 500000 
 hopper_gym        gravity, actuator_strength 1000 overlapping        128 500000 HopperGym
 di_signs          mass, sign_x, sign_y    100 non-overlapping         24 100000 -
 ode_1 ... ode_20 are as ode, with the contexts c0 ... c(k-1) in ode_k; the paper has ODE-k.
-The paper does not have di_signs. Its sets hold all four pairs of signs; to test a new pair, give
-contexts that leave one out.
+The paper does not have di_signs. Its sets hold all four pairs of signs; to test a new pair, train
+on contexts that leave it out.
 
-Below, a dimension of the context without an extrapolation range is binary: the sets use only the
-two values of `train`.
+A context has a value for each of its dimensions; one that is not given has its default. The sets
+are `train`, from the train range; `eval_in`, other values of that range; `eval_out`, values outside
+it, up to the limits of extrapolation. A dimension without these limits is binary: every set has
+both values of `train`.
 
 context           first in       default train         extrapolation  unit
 mass              di_inv             1.0 (0.5, 1.5)    (0.1, 2.0)     kg
@@ -69,8 +73,8 @@ To add an environment, write a subclass of `Task` in a module, say my_module.py,
     aib_envs.register("sliders", Sliders, [GAIN, SIGN_Z], 200, "non-overlapping")
 
 `python dmash.py --env my_module:sliders` trains on it, and make("my_module:sliders") makes it. To
-add a context to an environment of this file, subclass its task and register a new id. self.c and
-`context` have the dimensions of the id only. A context acts in one of three ways:
+add a dimension to an environment of this file, subclass its task and register a new id with the
+old dimensions and the new one. A dimension acts in one of three ways:
 - `advance` reads self.c["gain"], an array with one value per instance;
 - a `MujocoTask` writes it into its model, in `xml` or `model`;
 - `multiplies` names the actuators whose action it multiplies, as for the new sign above.
@@ -182,10 +186,10 @@ def context_sets(env_id: str, n: int = 20, seed: int = 0) -> dict[str, list[dict
     A continuous dimension has 50 values in each set, as `set_values` says. The mesh is the list of
     all their combinations, the last dimension changing fastest. With one or two continuous
     dimensions, a set takes `n` evenly spaced entries of the mesh. With more, it takes `n` random
-    entries, by a generator seeded with `seed`. An `n` above the size of the mesh repeats contexts.
+    entries, by a generator seeded with `seed`. An `n` above the size of the mesh repeats entries.
 
-    The binary values take turns. The 20 contexts of the paper are an exception: with one binary
-    dimension it belongs to the mesh, and its two values occur 11 and 9 times.
+    The binary values take turns. The 20 contexts of the paper are an exception: one binary
+    dimension is the last axis of the mesh then, and its two values occur 11 and 9 times.
 
     No context is in two sets, unless all dimensions are binary.
 
@@ -223,16 +227,16 @@ def context_set(dims, name, n, rng):
     binary = [dim for dim in dims if dim.binary]
     axes = [set_values(dim, name) for dim in continuous]
     combinations = list(itertools.product(*(dim.train for dim in binary)))
-    turns = np.arange(n)  # Context i has the combination number turns[i], counted round.
+    turns = np.arange(n)  # Context i has the combination turns[i], modulo their number.
     if len(continuous) > 2:
         entries = zip(*[rng.choice(axis, n) for axis in axes])
     else:
         mesh = list(itertools.product(*axes))
-        # Places in the mesh with the binary values as its last dimensions.
+        # Indices into mesh x combinations.
         places = np.linspace(0, len(mesh) * len(combinations) - 1, n).astype(int)
         entries = [mesh[place // len(combinations)] for place in places]
-        # Here the binary value of the place is taken, as in the paper. With another n, all places
-        # may have the same one.
+        # The paper takes the binary value of the same index. With another n, an even stride could
+        # give one value only.
         if continuous and n == 20 and len(combinations) == 2:
             turns = places
     contexts = []
@@ -261,9 +265,9 @@ class Task(ABC):
     dt: Any  # s, the time of a step: a number, or a property that gives one
     high: Any = inf  # the largest observation: a number, or one per element
     low: Any = None  # the smallest one; None: the negative of the largest
-    target_size = 0  # size of a target that `reset` of the environment may set
+    target_size = 0  # size of reset's options["target"]; 0: there is no target
     # For each dimension that multiplies actions: its actuators, a slice or a list of numbers below
-    # d_a. -1 inverts them. Only dimensions that are registered act.
+    # d_a. -1 inverts them. Only dimensions registered for the id have an effect.
     multiplies: dict[str, Any] = {"action_factor": slice(None), "sign_x": [0], "sign_y": [1]}
 
     @abstractmethod
@@ -309,7 +313,7 @@ class Task(ABC):
                 self.signs[:, self.multiplies[name]] *= self.c[name][:, None]
 
     def with_contexts(self, contexts):
-        """A copy of this task in other contexts. It has no state until `set_state` or `reset`.
+        """A copy of this task in other contexts, for `set_state` or `reset` to start.
 
         The copy is shallow and calls `build` again, so a task assigns new arrays and never writes
         into old ones. A context that cannot be built is a ValueError.
@@ -517,7 +521,7 @@ def near(x, margin):
 class MujocoTask(Task):
     """A task on MuJoCo models, one per context. The state is qpos, then qvel.
 
-    A subclass gives `xml(context)`, the text of its model, and SUBSTEPS, MuJoCo's steps in one.
+    A subclass gives `xml(context)`, the text of its model, and SUBSTEPS, MuJoCo's steps in a step.
     `model` writes the contexts gravity and actuator_strength into every model.
     """
 
@@ -796,7 +800,7 @@ class BallInCup(MujocoTask):
     | index | observation, which is also the state | unit |
     |---|---|---|
     | 0, 1 | x, z of the cup, from where it rests | m |
-    | 2, 3 | x, z of the ball, from the string's length below the cup | m |
+    | 2, 3 | x, z of the ball, from a point below the cup, at the string's length | m |
     | 4 – 7 | their velocities | m/s |
 
     Action: forces x, z on the cup, in units of 5 N, each in [-1, 1].
@@ -1571,7 +1575,7 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
     """Draws a context at each reset, by the environment's generator.
 
     `contexts` is a list, the name of a set, or a dict of ranges, {"length": (0.3, 0.85)}. A range
-    is drawn from uniformly. A dimension that `contexts` does not name keeps its present value.
+    is drawn from uniformly. A dimension that `contexts` does not name keeps its value.
     """
 
     def __init__(self, env: gymnasium.Env, contexts: Any = "train"):
@@ -1957,6 +1961,7 @@ for k in range(1, 21):
 
 if __name__ == "__main__":
     try:
+        # Not print, which would meet a reader that has gone only when Python ends.
         os.write(sys.stdout.fileno(), f"{__doc__}\n".encode())
     except BrokenPipeError:
         pass  # The reader, such as `head`, has gone.
