@@ -1965,3 +1965,5 @@ if __name__ == "__main__":
         os.write(sys.stdout.fileno(), f"{__doc__}\n".encode())
     except BrokenPipeError:
         pass  # The reader, such as `head`, has gone.
+    except OSError as error:
+        sys.exit(f"aib_envs.py: error: {error.strerror}")

@@ -405,6 +405,14 @@ def test_a_reader_that_stops_early_sees_no_traceback():
     assert done.stderr == b""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+def test_a_full_disk_is_told_in_one_line():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(PRINT, stdout=full, stderr=subprocess.PIPE)
+    assert done.stderr.startswith(b"aib_envs.py: error: ") and done.stderr.count(b"\n") == 1
+    assert done.returncode == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # The single and the vector environment
 # --------------------------------------------------------------------------------------------------
