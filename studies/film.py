@@ -29,10 +29,7 @@ from figures import Figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+from runs import aib_envs, dmash
 
 STEPS = 400  # of a film at most
 FRAMES = 200  # at most

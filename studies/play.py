@@ -23,10 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from adaptation import mirrored_dim
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+from runs import aib_envs, dmash
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ENVIRONMENTS = ("cartpole_inv", "di_inv", "di_perm")
