@@ -81,8 +81,9 @@ old dimensions and the new one. A dimension acts in one of three ways:
 
 The file in its order: the contexts and the context sets; `Task`, the base class, which steps N
 instances together; the tasks; the classes that show a task to others, which are `VectorEnv` (for
-training), `ContextualEnv` (one gymnasium.Env) and `ContextualVectorEnv` (VectorEnv by Gymnasium's
-rules); the wrappers; `register`, the checks of values from outside, and the table as calls.
+training), `ContextualEnv` (one gymnasium.Env) and `ContextualVectorEnv` (several of these by the
+rules of Gymnasium); the wrappers; `register`, the checks of values from outside, and the table as
+calls.
 """
 
 import copy
@@ -1276,17 +1277,12 @@ class VectorEnv:
 
     The horizon is the same everywhere, so that all episodes end together. Each instance has its own
     generator, spawned from `seed` by numpy's SeedSequence. This class keeps no rules of Gymnasium.
-    Its subclasses `ContextualEnv` and `ContextualVectorEnv` do.
+    Its subclass `ContextualEnv` does.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # Gymnasium's name for pictures
-
-    def __init__(self, env_id: str, contexts: Contexts, seed: Any, render_mode: str | None = None):
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
+    def __init__(self, env_id: str, contexts: Contexts, seed: Any):
         spec = lookup(env_id)
         self.env_id = env_id
-        self.render_mode = render_mode
         self.horizon: float = spec.horizon
         self.task = spec.cls([full_context(env_id, each) for each in listed(env_id, contexts)])
         self.N = self.task.N
@@ -1295,7 +1291,6 @@ class VectorEnv:
         self.t: Any = None  # None: not yet reset
         children = np.random.SeedSequence(seed).spawn(self.N)
         self.rngs = [np.random.default_rng(child) for child in children]
-        self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
 
     @property
     def c(self):
@@ -1340,12 +1335,6 @@ class VectorEnv:
             return self.task
         return self.task.with_contexts(contexts)
 
-    def render(self):
-        """A picture of each instance, (256, 256, 3), or None without a render mode."""
-        self.need_reset("render")
-        if self.render_mode is not None:
-            return tuple(draw(*self.task.picture(i)) for i in range(self.N))
-
     def state_dict(self):
         """Everything that the next steps and resets depend on, in plain lists and numbers."""
         snapshot = None
@@ -1377,6 +1366,8 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
     state to start from, the reacher's target, and context values to change.
     """
 
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # Gymnasium's name for pictures
+
     def __init__(
         self,
         env_id: str,
@@ -1386,8 +1377,12 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
     ):
         if horizon != inf:
             whole("horizon", horizon)
-        VectorEnv.__init__(self, env_id, [context], seed=None, render_mode=render_mode)
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
+        VectorEnv.__init__(self, env_id, [context], seed=None)
         self.horizon = horizon
+        self.render_mode = render_mode
+        self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
         self.observation_space, self.action_space = self.task.spaces()
 
     @property
@@ -1432,9 +1427,9 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
 
     def render(self):
         """The picture, (256, 256, 3), or None without a render mode."""
-        pictures = super().render()
-        if pictures is not None:
-            return pictures[0]
+        self.need_reset("render")
+        if self.render_mode is not None:
+            return draw(*self.task.picture(0))
 
 
 def make(env_id: str, **options: Any) -> ContextualEnv:
@@ -1454,17 +1449,14 @@ def make(env_id: str, **options: Any) -> ContextualEnv:
     return env
 
 
-class ContextualVectorEnv(VectorEnv, gymnasium.vector.VectorEnv):
-    """A VectorEnv by the rules of Gymnasium's vector environments, for gymnasium.make_vec.
+class ContextualVectorEnv(gymnasium.vector.SyncVectorEnv):
+    """Instances by the rules of Gymnasium's vector environments, for gymnasium.make_vec.
 
     contexts: a list of `num_envs` contexts, or the name of a set; context values given by name
     hold in all of them. max_episode_steps: -1 means no limit, None the horizon of the table.
-    All episodes end together. The next step begins new episodes and ignores its actions.
-    infos["context"] has an array (num_envs,) per dimension. With a seed, instance i starts as a
-    single environment with seed + i, as Gymnasium's own vector environments.
+    All else is SyncVectorEnv's: the step after the end of an episode begins the next one.
+    infos["context"] has an array (num_envs,) per dimension.
     """
-
-    metadata = VectorEnv.metadata | {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
 
     def __init__(
         self,
@@ -1475,95 +1467,32 @@ class ContextualVectorEnv(VectorEnv, gymnasium.vector.VectorEnv):
         render_mode: str | None = None,
         **context: float,
     ):
+        horizon: float = lookup(env_id).horizon
+        if max_episode_steps == -1:
+            horizon = inf
+        elif max_episode_steps is not None:
+            horizon = whole("max_episode_steps", max_episode_steps)
         if contexts is None:
             contexts = [{}] * num_envs
-        contexts = listed(env_id, contexts, num_envs)
-        contexts = [named("context", each) | context for each in contexts]
-        VectorEnv.__init__(self, env_id, contexts, seed=None, render_mode=render_mode)
-        self.num_envs = num_envs
-        if max_episode_steps == -1:
-            self.horizon = inf
-        elif max_episode_steps is not None:
-            self.horizon = whole("max_episode_steps", max_episode_steps)
-        self.done = False
-        self.seeds = [-1] * num_envs  # Gymnasium's sign of an unknown seed.
-        self.single_observation_space, self.single_action_space = self.task.spaces()
-        batch_space = gymnasium.vector.utils.batch_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-
-    @property
-    def context(self):
-        return [dict(context) for context in self.task.contexts]
-
-    @property
-    def np_random_seed(self):
-        return tuple(self.seeds)
+        makers = []
+        for each in listed(env_id, contexts, num_envs):
+            values = named("context", each) | context
+            makers.append(functools.partial(ContextualEnv, env_id, render_mode, horizon, **values))
+        super().__init__(makers)
 
     def reset(self, *, seed=None, options=None):
-        """`seed`: a number, or one for each instance. With None an instance's generator goes on.
+        """options={"contexts": [...]}: context values to change, a dict for each instance.
 
-        options={"contexts": [...]}: context values to change, a dict for each instance.
-        Returns observations (num_envs, d_s) and infos.
+        Other options go to every instance. Returns observations (num_envs, d_s) and infos.
         """
-        options = named("options", options or {})
-        check_names("option", options, ["contexts"])
-        contexts = listed(self.env_id, options.get("contexts", self.context), self.num_envs)
-        task = self.task_in(contexts)
-        seeds = seed
-        if seed is None:
-            seeds = [None] * self.num_envs
-        elif np.ndim(seed) == 0:
-            seeds = [seed + i for i in range(self.num_envs)]
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"seed {shown(seed)}: must be a number, or {self.num_envs} of them")
-        self.task = task
-        for i, each in enumerate(seeds):
-            if each is not None:
-                self.rngs[i] = np.random.default_rng(each)
-                self.seeds[i] = each
-        self.done = False
-        return super().reset(), self.infos()
-
-    def infos(self):
-        """As SyncVectorEnv gives them, with a mask beside each array."""
-        there = np.ones(self.num_envs, dtype=bool)
-        context = copy.deepcopy(self.task.c)
-        masks = {f"_{name}": there for name in context}
-        return {"context": context | masks, "_context": there}
-
-    def step(self, actions):
-        rewards = np.zeros(self.num_envs)
-        if self.done:
-            observations = super().reset()
-        else:
-            observations = self.advance(actions)
-            rewards = self.task.reward().astype(np.float64)
-        self.done = self.t >= self.horizon
-        terminated = np.zeros(self.num_envs, dtype=bool)
-        truncated = np.full(self.num_envs, self.done)
-        return observations, rewards, terminated, truncated, self.infos()
-
-    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple:
-        """What each instance has, or gives, by this name, as SyncVectorEnv's call.
-
-        A sequence has an entry for each instance. All else is shared, and repeated.
-        """
-        value = getattr(self, name)
-        if callable(value):
-            value = value(*args, **kwargs)
-        if isinstance(value, (list, tuple, np.ndarray)):
-            return tuple(value)
-        return (value,) * self.num_envs
-
-    def get_attr(self, name: str) -> tuple:
-        return self.call(name)
-
-    def set_attr(self, name: str, values: Any) -> None:
-        """Sets what all instances share."""
-        if isinstance(values, (list, tuple)):
-            raise ValueError(f"{name} {shown(values)}: must be one value for all instances")
-        setattr(self, name, values)
+        options = dict(named("options", options or {}))
+        contexts = options.pop("contexts", [{}] * self.num_envs)
+        contexts = listed(self.envs[0].env_id, contexts, self.num_envs)
+        tasks = [env.task_in([context]) for env, context in zip(self.envs, contexts)]
+        # All contexts are checked: one that is refused changes nothing.
+        for env, task in zip(self.envs, tasks):
+            env.task = task
+        return super().reset(seed=seed, options=options)
 
 
 # --------------------------------------------------------------------------------------------------
