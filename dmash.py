@@ -6,8 +6,8 @@ the weights of one small adapter. The dynamics model, the policy and both critic
 adapter. One loss trains encoder and hypernetwork: the dynamics model's prediction error. For the
 losses of policy and critics, ω is a constant. At evaluation nothing is trained (zero-shot).
 
-Axes, in every shape below: B samples, N contexts, K transitions in a window, L of them read. When
-acting there is one sample in each context, so B = N. Numbers in shapes are the default sizes.
+Axes, in every shape below: B samples (when acting: N), N contexts, K transitions in a window, L of
+them read, M adapters. d_s, d_a, d_c: size of state, action, context. Numbers are default sizes.
 
     window of K past transitions (s, a, δs)
         │  τ (B, L, 2 d_s + d_a)      L = ⌊0.2 K⌋ of them
@@ -18,26 +18,26 @@ acting there is one sample in each context, so B = N. Numbers in shapes are the 
     dynamics loss (Eq. 1): trains φ, η, θ        policy loss: ξ        Bellman error: ζ
 
 Algorithm 2. α₁, α₂, α₃ are learning rates (of Adam), α is the temperature. ρ, which SAC calls τ, is
-the rate of the target critics. τ is here the part of the window that is read.
+the rate of the target critics. Here τ is the part of the window that is read.
 
     1  in every training context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
     2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
-    3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η}, the error of predicting δs                   (Eq. 1)
+    3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η}, where L is the error of predicting s' − s    (Eq. 1)
     4  ω ← stop-gradient(ω)                                                                (Eq. 2)
-    5  ζ ← ζ − α₂ ∇L_ζ, Q against the target r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
-    6  every second step, twice: (ξ ← ξ − α₁ ∇L_ξ, SAC's policy loss; then the temperature α)
+    5  ζ ← ζ − α₂ ∇L_ζ, where L compares Q with r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
+    6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, where L is SAC's policy loss; then α by its loss
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
 
-Lines 3 to 6 of the algorithm use the ω of line 2: it is not computed again after line 3.
-`Rollout.step` is line 1, `Agent.update` is lines 2 to 7, and `Run.gradient_step` calls both.
+Lines 3 to 6 use the ω of line 2: it is not computed again after line 3. `Rollout.step` is line 1,
+`Agent.update` is lines 2 to 7, and `Run.gradient_step` calls both.
 
 Every episode begins with a warm-up: K steps without updates fill the window, then the environment
-is reset and the window stays. Training stores these transitions too; evaluation does not count
-their rewards. Methods without an encoder have warm-ups as well, to see the same amount of data. A
-run begins with 5,000 random steps per context, warm-ups not counted. `--help` tells how to start.
+is reset and the window stays. Training stores these transitions and samples them like all others;
+evaluation does not count their rewards. Methods without an encoder have warm-ups as well, to see
+the same amount of data. A run begins with 5,000 random steps per context, warm-ups not counted.
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual
-RL under Discontinuous Shifts", arXiv 2602.06550. Equations and algorithms have its numbers.
+RL under Discontinuous Shifts", arXiv 2602.06550. Equations have its numbers. To start: --help.
 """
 
 import argparse
@@ -76,7 +76,7 @@ __version__ = "2.0"
 
 
 def option(default, help, low=None, high=1e12):
-    """A setting: default, line of --help, and for numbers the smallest and largest allowed."""
+    """A setting: its default, its text in --help and, for numbers, the lowest and highest value."""
     limits = None if low is None else (low, high)
     return field(default=default, metadata={"help": help, "limits": limits})
 
@@ -90,7 +90,7 @@ class Config:
     seed: int = option(1, "seed of networks, noise, batches and initial states", 0, 2**32 - 1)
     quick: bool = option(False, "learn in minutes: a tenth of the steps, and the settings of QUICK")
     steps: int = option(None, "gradient steps (default: by environment)", 1)
-    out: str = option("runs", "folder for the run folder, <env>__<method>[__quick]__s<seed>")
+    out: str = option("runs", "where the run folder, <env>__<method>[__quick]__s<seed>, is made")
     device: str = option("cpu", "torch device: cpu, cuda or cuda:<number>")
     threads: int = option(None, "torch CPU threads (default: torch's choice)", 1, 1024)
     eval_every: int = option(5000, "gradient steps between evaluations", 1)
@@ -112,7 +112,7 @@ class Config:
     dynamics_lr: float = option(3e-4, "α₃, learning rate of φ, η and θ", 1e-9, 1)
     critic_lr: float = option(1e-3, "α₂, learning rate of the critics", 1e-9, 1)
     actor_lr: float = option(3e-4, "α₁, learning rate of the policy", 1e-9, 1)
-    alpha_lr: float = option(1e-3, "learning rate of the temperature α", 1e-9, 1)
+    alpha_lr: float = option(1e-3, "learning rate of log α", 1e-9, 1)
     alpha: float = option(1.0, "α, temperature, at the start", 1e-6, 100)
     policy_average: float = option(0.0, "rate of a moving average of π to evaluate; 0: none", 0, 1)
     buffer: int = option(None, "replay, steps per context (default: 100,000 + warm-ups)", 1)
@@ -126,18 +126,18 @@ class Config:
         return max(1, int(self.subsample * self.K + 1e-9))  # in floats 0.29 * 100 is below 29
 
 
-# --quick: settings that let SAC learn sooner, the same for all environments and methods.
+# What --quick changes in all environments and methods, so that SAC learns sooner (see `quick`).
 QUICK = {"polyak": 0.05, "alpha": 0.1, "alpha_lr": 2e-3, "actor_lr": 1e-3, "dynamics_lr": 1e-3}
 QUICK |= {"policy_average": 0.005, "eval_every": 1000}
 
-# ---- Context encoder g_φ: window τ -> code z ----------------------------------------------------
+# ---- Context encoder g_φ: τ -> code z -----------------------------------------------------------
 
 
 def subsample(B, K, L, noisy, device=None):
     """Which L of the K transitions in a window are read: their positions, (B, L).
 
-    `noisy`, here and below, means: as in training. Then each sample has a random subset in random
-    order, since a context does not depend on time. At evaluation: evenly spaced, oldest first.
+    `noisy` means, in the whole file: as in training. Then each sample has a random subset in
+    random order, since a context does not depend on time. Otherwise: evenly spaced, oldest first.
     """
     if noisy:
         return torch.rand(B, K, device=device).topk(L).indices  # places of the L largest
@@ -172,12 +172,12 @@ class ContextEncoder(nn.Module):
 
     GROUP = 4  # numbers in one softmax of SimNorm
 
-    def __init__(self, d_s, d_a, d_z=8, hidden=32, mask=0.4, input_norm=True, output_norm=True):
+    def __init__(self, d_s, d_a, d_z, hidden, mask, input_norm, output_norm):
         super().__init__()
         self.d_s, self.d_a, self.mask = d_s, d_a, mask
         self.input_norm, self.output_norm = input_norm, output_norm
         self.embed = nn.Linear(2 * d_s + d_a, hidden, bias=False)
-        self.lstm = nn.LSTM(hidden, hidden)
+        self.lstm = nn.LSTM(hidden, hidden, batch_first=True)
         self.project = nn.Linear(hidden, d_z, bias=False)
 
     def read(self, tau, noisy):
@@ -187,7 +187,7 @@ class ContextEncoder(nn.Module):
         e = self.embed(tau)  # (B, L, 32)
         if self.input_norm:
             e = avg_l1_norm(e)
-        _, (last, _) = self.lstm(e.transpose(0, 1))  # time comes first: (L, B, 32)
+        _, (last, _) = self.lstm(e)  # (1, B, 32): there is one layer
         return last[0]
 
     def forward(self, tau, noisy):
@@ -204,8 +204,8 @@ class ContextEncoder(nn.Module):
 class Omega(NamedTuple):
     """ω, the weights of M adapters.
 
-    Each sample has its own window, so its own z and ω: M = B. Where ω comes from the N true
-    contexts, M = N: the samples of a context share a row. The matrices are Eq. 3's, transposed.
+    Each sample has its own window, so its own z and ω: M = B. In DA, ω comes from the true
+    contexts: M = N, and samples of a context share a row. The matrices are Eq. 3's, transposed.
     """
 
     W_down: torch.Tensor  # (M, 256, 32)
@@ -218,7 +218,7 @@ class Omega(NamedTuple):
 
 
 class Hypernetwork(nn.Module):
-    """h_η: two hidden layers, a linear head for each tensor of ω; PyTorch's initial weights."""
+    """h_η: two hidden layers, then a linear head for each tensor of ω."""
 
     def __init__(self, d_z=8, hidden=64, d_x=256, bottleneck=32):
         super().__init__()
@@ -347,7 +347,7 @@ class Batch(NamedTuple):
 
 
 def dynamics_loss(f, omega, batch):
-    """Eq. 1: ‖δŝ − δs‖², mean over samples and dimensions."""
+    """Eq. 1: the squared error of the prediction δŝ, mean over samples and dimensions."""
     return F.mse_loss(f(batch.s, batch.a, omega), batch.ds)
 
 
@@ -357,13 +357,13 @@ def critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma):
         s2 = batch.s + batch.ds  # (B, d_s), s'
         a2, log_prob = pi.sample(s2, omega)
         v2 = Q_target(s2, a2, omega).amin(-1) - alpha * log_prob  # (B,)
-        target = batch.r + gamma * v2  # also at the time limit, which is not a terminal state
+        target = batch.r + gamma * v2  # also at the time limit: it is no terminal state
     q = Q(batch.s, batch.a, omega)  # (B, 2)
     return (q - target.unsqueeze(-1)).square().mean(0).sum()
 
 
 def actor_loss(pi, Q, alpha, omega, batch):
-    """SAC's policy loss, and the log-probabilities (B,) of the actions that it drew."""
+    """Returns SAC's policy loss, and the log-probabilities (B,) of the actions that it drew."""
     a, log_prob = pi.sample(batch.s, omega)
     q = Q(batch.s, a, omega).amin(-1)  # (B,)
     return (alpha * log_prob - q).mean(), log_prob.detach()
@@ -400,7 +400,7 @@ class Agent(nn.Module):
         if method.hypernetwork == "own":
             options["make_own"] = hypernetwork
 
-        self.g = self.h = self.f = None  # where a method has no such network
+        self.g = self.h = self.f = None  # None stays where the method has no such network.
         if method.context == "z":
             Encoder = GaussianEncoder if method.kl else ContextEncoder
             norms = method.input_norm, method.output_norm
@@ -435,10 +435,10 @@ class Agent(nn.Module):
         return self.log_alpha.detach().exp()
 
     def infer(self, tau, noisy, c=None):
-        """z (B, 8) and ω, from windows tau (B, L, 2 d_s + d_a).
+        """Returns z (B, 8) and ω, for tau (B, L, 2 d_s + d_a).
 
-        A method without a shared hypernetwork gets z in the place of ω. A method without an encoder
-        gets no z, and the true contexts c (N, d_c) in the place of ω (DR gets them and uses none).
+        Without a shared hypernetwork, z takes the place of ω. Without an encoder, z is None and the
+        true contexts c (N, d_c) take the place of ω. DR, which ignores its context, gets them too.
         """
         if self.g is None:
             return None, c
@@ -454,7 +454,7 @@ class Agent(nn.Module):
         return pi.mean(s, omega)
 
     def update(self, batch, step):
-        """One gradient step, number `step` from 1 on. Returns the losses and α, as 0-d tensors."""
+        """One gradient step; `step` counts from 1. Returns the losses and α, as 0-d tensors."""
         optimizers, losses = self.optimizers, {}
 
         # 2  z ← g_φ(τ), ω ← h_η(z)
@@ -471,7 +471,7 @@ class Agent(nn.Module):
             loss.backward()
             optimizers["dynamics"].step()
 
-        # 4  ω ← stop-gradient(ω) (Eq. 2). Where z stands in its place, z is a constant from here.
+        # 4  ω ← stop-gradient(ω) (Eq. 2), or z, if it takes the place of ω
         omega = omega.detach()
 
         # 5  ζ ← ζ − α₂ ∇L_ζ
@@ -569,8 +569,8 @@ class Replay:
     """Transitions of N contexts that step together. Row t of a ring holds [s, a, δs, r] of all.
 
     The window of transition t is rows t−K … t−1 of its context: past transitions only. It may reach
-    back over a reset, which keeps the context. When acting begins, it reaches back before the first
-    transition, to zeros, as if masked. No state is terminal: episodes end by their time limit.
+    back over a reset, which keeps the context. Rows before the first transition are zeros, as if
+    masked. No state is terminal: episodes end by their time limit.
     """
 
     def __init__(self, c, capacity, d_s, d_a, K, L):
@@ -614,8 +614,8 @@ class Replay:
 class Rollout:
     """Acts in all contexts at once. The last K transitions of its replay are the window.
 
-    noisy: collects for training. A number that is not finite raises FloatingPointError. Not noisy:
-    evaluates. Zeros replace the numbers of a simulation that diverged, and `diverged` says so.
+    If `noisy`, it collects for training, and a number that is not finite raises FloatingPointError.
+    Else it evaluates: zeros replace such numbers, and `diverged` (N,) tells where that happened.
     """
 
     def __init__(self, agent, envs, noisy, capacity=None):
@@ -665,7 +665,7 @@ class Rollout:
         return s, a, r, omega
 
     def finite(self, name, values):
-        """An array (N, ...), in which zeros replace the rows that are not finite."""
+        """`values` (N, ...) with zeros in place of the rows that are not finite."""
         broken = ~np.isfinite(values.reshape(self.envs.N, -1)).all(-1)  # (N,)
         if self.noisy and broken.any():
             raise FloatingPointError(f"{name} is not finite")
@@ -682,9 +682,9 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
-    Returns two arrays (contexts, rollouts): the returns, and whether the episode diverged. Then its
-    return is the reward until there. `seed` (default: the run's) decides the initial states. How
-    many rollouts follow does not change the first. Torch's generator is not used.
+    Returns two arrays (contexts, rollouts): the returns, and whether the episode diverged. Rewards
+    after that do not count. `seed` (default: the run's) decides the initial states; those of the
+    first rollout do not depend on `rollouts`. Torch's generator is not used.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
     envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
@@ -711,11 +711,11 @@ except ImportError:
 
 
 class BadInput(ValueError):
-    """A value or a file from outside that is not usable. Its message is the one line shown."""
+    """A value or a file of the user that is not usable. The message is one line."""
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM, whose number is the argument, stopped the run. It can go on."""
+    """Ctrl-C or SIGTERM stopped the run, which can go on. The argument is the signal's number."""
 
 
 def complete(cfg):
@@ -806,13 +806,13 @@ PLAIN = ("version", "step", "history", "sums", "counts", "step_seconds")  # in t
 class Run:
     """A run, and all that it must remember to go on as if it had never stopped.
 
-    `Run.start` and `Run.resume` train it. A number that is not finite is a FloatingPointError. No
-    table, policy or checkpoint is left half written, and all are written from the checkpoint.
+    `Run.start` and `Run.resume` train it. A number that is not finite raises FloatingPointError.
+    A table, policy or checkpoint is replaced as a whole; a resume writes all of them anew.
     """
 
     def __init__(self, cfg, folder):
         torch.set_num_threads(cfg.threads)
-        torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38, as Adam makes them
+        torch.set_flush_denormal(True)  # Adam makes numbers below 1e-38, with which CPUs are slow.
         torch.manual_seed(cfg.seed)
         keep_freed_memory()
         self.cfg, self.folder, self.version = cfg, Path(folder), code_version()
@@ -821,7 +821,7 @@ class Run:
         envs = aib_envs.VectorEnv(cfg.env, contexts, seed=[cfg.seed, 0])
         self.rollout = Rollout(self.agent, envs, noisy=True, capacity=cfg.buffer)
         self.step = 0  # gradient steps done
-        self.history = []  # of each evaluation: a row of metrics.csv, and those of per_context.csv
+        self.history = []  # for each evaluation its rows of metrics.csv and per_context.csv
         self.signal, self.evaluating = None, False
         self.began = time.perf_counter()
         self.clear_sums()
@@ -848,8 +848,8 @@ class Run:
     def resume(cls, folder, steps=None, expected=None):
         """Trains on from the checkpoint in `folder`, to a larger number of `steps` if given.
 
-        `expected`, a Config (--go-on): BadInput if the run has other settings than these. Steps,
-        out and threads may differ.
+        `expected` is the Config that --go-on asks for. BadInput if the run has other settings, but
+        for steps, out and threads.
         """
         folder, path = Path(folder), Path(folder) / "checkpoint.pt"
         if not path.is_file():
@@ -873,7 +873,7 @@ class Run:
             run.train()
 
     @property
-    def evaluated(self):
+    def last_evaluation(self):
         """The step of the last evaluation, 0 before the first."""
         return self.history[-1]["metrics"]["step"] if self.history else 0
 
@@ -896,26 +896,26 @@ class Run:
         except FloatingPointError as error:
             kept = f"the last checkpoint in {self.folder} is untouched"
             raise FloatingPointError(f"step {self.step:,}: {error}; {kept}") from None
-        if self.step > self.evaluated:  # stopped between two evaluations
+        if self.step > self.last_evaluation:  # stopped between two evaluations
             self.save()
         if self.history:
             plot(self)
-        if self.evaluated < cfg.steps:
+        if self.last_evaluation < cfg.steps:
             command = shlex.join([sys.executable, sys.argv[0], f"--resume={self.folder}"])
             print(f"stopped at step {self.step:,}; to go on: {command}")
             raise Stopped(self.signal)
         print(f"complete: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
-    def on_signal(self, number, frame):
+    def on_signal(self, signum, frame):
         """SIGINT or SIGTERM stops the run after this gradient step; a second one stops at once.
 
-        An evaluation is broken off, since it changes nothing.
+        An evaluation is broken off. It changes nothing, and the resumed run makes it again.
         """
         if self.signal is not None:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = signum
         if self.evaluating:
-            raise Stopped(number)
+            raise Stopped(signum)
 
     def stop_if_asked(self):
         if self.signal is not None:
@@ -930,7 +930,7 @@ class Run:
     def evaluate_if_due(self):
         cfg = self.cfg
         due = self.step % cfg.eval_every == 0 or self.step == cfg.steps
-        if due and self.step > self.evaluated:
+        if due and self.step > self.last_evaluation:
             write = print if tqdm is None else tqdm.write
             if self.step == cfg.steps:
                 write(f"last evaluation: {cfg.rollouts} episodes in each context …")
@@ -957,17 +957,17 @@ class Run:
         cfg = self.cfg
         self.evaluating = True
         rollouts = cfg.rollouts if self.step == cfg.steps else cfg.eval_rollouts
-        contexts = evaluate_sets(self.agent, cfg, rollouts)
+        results = evaluate_sets(self.agent, cfg, rollouts)
         self.evaluating = False
         row = {"step": self.step, "env_steps": self.rollout.replay.t * cfg.contexts}
         row["seconds"] = time.perf_counter() - self.began
         row["steps_per_second"] = self.counts["critic_loss"] / self.step_seconds
         for name in LOSSES:
             row[name] = self.sums[name] / (self.counts[name] or math.nan)
-        row |= by_set(contexts, "return")
-        for name, count in by_set(contexts, "diverged", sum).items():
+        row |= by_set(results, "return")
+        for name, count in by_set(results, "diverged", sum).items():
             row[f"diverged_{name}"] = int(count)
-        contexts = [{"step": self.step, **context} for context in contexts]
+        contexts = [{"step": self.step, **result} for result in results]
         self.history.append({"metrics": row, "contexts": contexts})
         self.clear_sums()
 
@@ -989,7 +989,7 @@ class Run:
             rows = [row for evaluation in self.history for row in evaluation["contexts"]]
             files["metrics.csv"] = csv_text([evaluation["metrics"] for evaluation in self.history])
             files["per_context.csv"] = csv_text(rows)
-        if self.cfg.snapshots and self.step == self.evaluated > 0:
+        if self.cfg.snapshots and self.step == self.last_evaluation > 0:
             (self.folder / "policies").mkdir(exist_ok=True)
             files[f"policies/{self.step}.pt"] = policy
         for name, content in files.items():
@@ -999,7 +999,8 @@ class Run:
         """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
         optimizers, rollout, replay = self.agent.optimizers, self.rollout, self.rollout.replay
         state = {name: getattr(self, name) for name in PLAIN}
-        gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        device = torch.device(self.cfg.device)
+        gpus = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
         return state | {
             "settings": asdict(self.cfg),
             "seconds": time.perf_counter() - self.began,
@@ -1035,9 +1036,10 @@ class Run:
         if rollout.envs.t is None and not rollout.done:
             print(f"a new episode begins: the state of {self.cfg.env} cannot be saved")
             rollout.done = True
-        generator, *gpu_generators = state["generators"]
+        generator, *gpus = state["generators"]
         torch.set_rng_state(generator)
-        torch.cuda.set_rng_state_all(gpu_generators)
+        for gpu in gpus:
+            torch.cuda.set_rng_state(gpu, self.cfg.device)
 
 
 def evaluate_sets(agent, cfg, rollouts):
@@ -1054,7 +1056,7 @@ def evaluate_sets(agent, cfg, rollouts):
 
 
 def by_set(rows, column, of=np.mean):
-    """The mean of a column in each set, or what `of` makes of it."""
+    """The mean of a column in each set, or its `of`, such as sum."""
     result = {}
     for name in SETS:
         result[name] = float(of([row[column] for row in rows if row["set"] == name]))
@@ -1150,9 +1152,10 @@ def code_version():
 
 @contextlib.contextmanager
 def lock(folder):
-    """Holds the folder in the block, and gives its inode; BadInput if another process holds it.
+    """Holds the folder in the block; BadInput if another process holds it.
 
-    Nothing is held where folders have no locks (Windows, some network disks).
+    Gives the inode, by which `Run.save` sees that another folder has taken its place. Nothing is
+    held where folders have no locks (Windows, some network disks).
     """
     if fcntl is None:
         yield os.stat(folder).st_ino
@@ -1172,7 +1175,7 @@ def lock(folder):
 
 
 def replace_file(path, content):
-    """Writes text or, by torch.save, anything else: the whole file, or BadInput and nothing."""
+    """Writes text or, by torch.save, anything else. If that fails, the old file stays: BadInput."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -1189,7 +1192,7 @@ def replace_file(path, content):
 
 
 def load(path):
-    """What torch.save wrote, on the CPU. No code in the file is run."""
+    """Loads to the CPU what torch.save wrote. No code in the file is run."""
     with zipfile.ZipFile(path) as archive:  # torch.load does not look at the check sums in it
         damaged = archive.testzip()
     if damaged is not None:
@@ -1199,7 +1202,7 @@ def load(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever a damaged or foreign file makes its reader raise becomes BadInput that names it."""
+    """Makes BadInput that names the file of any error in the block, which reads it."""
     try:
         yield
     except Exception as error:
@@ -1207,7 +1210,7 @@ def reading(path):
 
 
 def one_line(error):
-    """What an error says, without what could steer a terminal: a stranger may have written it."""
+    """The first line of an error. A stranger's text must not steer the terminal."""
     lines = str(error).splitlines() or [type(error).__name__]
     return "".join(filter(str.isprintable, lines[0]))[:200]
 
@@ -1228,8 +1231,9 @@ def csv_text(rows):
 def load_policy(path: str | Path, device: str = "cpu") -> tuple[Config, Agent]:
     """The Config and the trained Agent of a run folder or a policy file.
 
-    agent.step and agent.version tell the step and the code that saved it. BadInput names what
-    cannot be read. Torch's generator stays as it is.
+    g, h and π are the trained ones; f and Q have random weights. agent.step and agent.version tell
+    the step and the code that saved it. BadInput names what cannot be read. Torch's generator stays
+    as it is.
     """
     path = Path(path)
     if path.is_dir():
@@ -1269,7 +1273,7 @@ class Policy:
         return cls(*load_policy(path, device))
 
     def reset(self, forget: bool = True) -> None:
-        """A new episode begins. `forget`: in another context, so that the window is emptied.
+        """To be called at the start of an episode. `forget` empties the window, for a new context.
 
         A window that is kept lacks the last transition, whose end `act` never saw.
         """
@@ -1282,7 +1286,7 @@ class Policy:
     def act(self, s: np.ndarray) -> np.ndarray:
         """The action (d_a,) in [-1, 1] for an observation (d_s,), or (N, d_a) for (N, d_s)."""
         cfg, agent = self.cfg, self.agent
-        rows = torch.from_numpy(np.atleast_2d(np.float32(s))).to(cfg.device)  # (N, d_s)
+        rows = torch.from_numpy(np.array(s, np.float32, ndmin=2)).to(cfg.device)  # (N, d_s), a copy
         if self.window is None:
             cls = aib_envs.lookup(cfg.env).cls
             L = 0 if agent.g is None else cfg.L
@@ -1296,7 +1300,7 @@ class Policy:
         self.last = [rows, a]
         if z is not None:
             self.z = z.cpu().numpy()
-        return a.cpu().numpy().reshape(*np.shape(s)[:-1], -1)
+        return a.cpu().numpy().reshape(*np.shape(s)[:-1], -1).copy()  # the caller may change it
 
 
 # ---- Picture ------------------------------------------------------------------------------------
@@ -1369,8 +1373,8 @@ def build_parser():
 def exit_status(program, command):
     """Runs `command()`. Returns the exit status; an error is one line, with the program's name.
 
-    0: done. 2: bad input or an unusable file. 1: a number is not finite, or nobody reads the
-    output. 128 + n: stopped by signal n.
+    0: done. 2: bad input or an unusable file. 1: a number is not finite, or the reader of the
+    output has left. 128 + n: stopped by signal n.
     """
     try:
         command()
@@ -1407,7 +1411,7 @@ ALLOWED_WITH = {
 
 
 def run_command(given):
-    """Does what the arguments that were given, by name, ask for."""
+    """Runs what the command line asks for. `given` has the arguments that stood there, by name."""
     for mode in ALLOWED_WITH.keys() & given.keys():
         for name in given.keys() - ALLOWED_WITH[mode] - {mode}:
             raise BadInput(f"{flag(name)}: not allowed with {flag(mode)}")
@@ -1439,11 +1443,11 @@ def print_evaluation(path, per_context=False, device="cpu", **settings):
     torch.set_num_threads(cfg.threads)
     print(f"{cfg.env}, {cfg.method}, seed {cfg.seed}, step {agent.step:,}, {agent.version!r}")
     print(f"{cfg.contexts} contexts x {cfg.rollouts} rollouts in each set …", flush=True)
-    contexts = evaluate_sets(agent, cfg, cfg.rollouts)
+    results = evaluate_sets(agent, cfg, cfg.rollouts)
     if per_context:
-        print(csv_text(contexts), end="")
-    means = "  ".join(f"{name} {mean:.1f}" for name, mean in by_set(contexts, "return").items())
-    diverged = sum(row["diverged"] for row in contexts)
+        print(csv_text(results), end="")
+    means = "  ".join(f"{name} {mean:.1f}" for name, mean in by_set(results, "return").items())
+    diverged = sum(result["diverged"] for result in results)
     note = f"  {diverged} episodes diverged" if diverged else ""
     print(f"average episodic return: {means}{note}")
 

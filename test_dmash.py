@@ -257,7 +257,7 @@ def standardised(x):
 
 def pearl_code(g, tau):
     """The Gaussian of DMA-Pearl's code, (B, 8), by torch.distributions, and its mean KL."""
-    _, (last, _) = g.lstm(g.embed(tau).transpose(0, 1))
+    _, (last, _) = g.lstm(g.embed(tau))
     mean = standardised(last[0] @ g.project.weight.T) * g.mean_norm.weight + g.mean_norm.bias
     norm = g.variance_norm
     raw = standardised(last[0] @ g.variance.weight.T) * norm.weight + norm.bias
