@@ -123,8 +123,8 @@ class ContextDim(NamedTuple):
     default: float
     train: tuple[float, float]
     extrapolation: tuple[float, float] | None = None
-    positive: bool = False  # True: a value must be above 0 and below `below`.
-    below: float = inf
+    above: float = -inf  # A value must be above this one
+    below: float = inf  # and below this one.
     only: tuple[float, ...] | None = None  # The accepted values, where there are few.
 
     @property
@@ -134,18 +134,18 @@ class ContextDim(NamedTuple):
 
 # A negative friction drives, a negative gravity lifts and a negative strength inverts. All three
 # can be simulated, so they are accepted. A mass or a length of 0 or less cannot.
-MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), positive=True)
+MASS = ContextDim("mass", 1.0, (0.5, 1.5), (0.1, 2.0), above=0)
 FRICTION = ContextDim("friction", 1.0, (0.5, 1.5), (0.1, 2.0))
 ACTION_FACTOR = ContextDim("action_factor", 1.0, (-1.0, 1.0))
 SIGN_X = ContextDim("sign_x", 1.0, (-1.0, 1.0))
 SIGN_Y = ContextDim("sign_y", 1.0, (-1.0, 1.0))
 SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))
-POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), positive=True)
-SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), positive=True)
+POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), above=0)
+SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), above=0)
 CUP_GRAVITY = ContextDim("gravity", 9.81, (8.0, 12.0), (1.0, 20.0))
 # The ball starts at most 1 m minus the string above the ground. With 0.975 m, every start would
 # touch the ground, and `BallInCup.initial_state` would search forever.
-STRING = ContextDim("distance", 0.3, (0.24, 0.36), (0.1, 0.5), positive=True, below=0.9)
+STRING = ContextDim("distance", 0.3, (0.24, 0.36), (0.1, 0.5), above=0, below=0.9)
 GRAVITY = ContextDim("gravity", 9.81, (4.91, 14.71), (0.98, 19.62))
 STRENGTH = ContextDim("actuator_strength", 1.0, (0.5, 1.5), (0.1, 2.0))
 
@@ -1773,8 +1773,8 @@ def allowed_value(dim, value):
     if isinstance(value, (str, bool)) or number.size != 1 or not np.isfinite(number).all():
         raise ValueError(f"{must_be} a finite number")
     number = number.item()
-    if dim.positive and not 0 < number < dim.below:
-        raise ValueError(f"{must_be} above 0 and below {dim.below:g}")
+    if not dim.above < number < dim.below:
+        raise ValueError(f"{must_be} above {dim.above:g} and below {dim.below:g}")
     if dim.only and number not in dim.only:
         raise ValueError(f"{must_be} one of {dim.only}")
     return number

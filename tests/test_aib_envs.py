@@ -983,7 +983,7 @@ def test_register_says_what_means_nothing_in_a_row(registered):
     for extrapolation in ((0.6, 1.4), (2.0, 0.1), (0.5, 2.0)):
         refused_dim(wider, extrapolation=extrapolation)
     refused_dim("gain=inf: must be a finite number", train=(0.5, math.inf))
-    refused_dim("gain=-0.1: must be above 0", extrapolation=(-0.1, 2.0), positive=True)
+    refused_dim("gain=-0.1: must be above 0", extrapolation=(-0.1, 2.0), above=0)
     reserved = "run set step index return diverged horizon render_mode env_id seed state wrappers"
     for name in ("a b", *reserved.split()):
         refused_dim(f"context {name!r}: the name is reserved, or no identifier", name=name)
