@@ -7,7 +7,7 @@ adapter. One loss trains encoder and hypernetwork: the dynamics model's predicti
 losses of policy and critics, ω is a constant. At evaluation nothing is trained (zero-shot).
 
 Axes, in every shape below: B samples (when acting: N), N contexts, K transitions in a window, L of
-them read, M adapters. d_s, d_a, d_c: size of state, action, context. Numbers are default sizes.
+them read, M different ω. d_s, d_a, d_c: size of state, action, context. Numbers are default sizes.
 
     window of K past transitions (s, a, δs)
         │  τ (B, L, 2 d_s + d_a)      L = ⌊0.2 K⌋ of them
@@ -25,14 +25,14 @@ the rate of the target critics. Here τ is the part of the window that is read.
     3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η}, where L is the error of predicting s' − s    (Eq. 1)
     4  ω ← stop-gradient(ω)                                                                (Eq. 2)
     5  ζ ← ζ − α₂ ∇L_ζ, where L compares Q with r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
-    6  every second step, twice: ξ ← ξ − α₁ ∇L_ξ, where L is SAC's policy loss; then α by its loss
+    6  every second step do twice: {ξ ← ξ − α₁ ∇L_ξ, where L is SAC's policy loss; α by its loss}
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
 
-Lines 3 to 6 use the ω of line 2: it is not computed again after line 3. `Rollout.step` is line 1,
-`Agent.update` is lines 2 to 7, and `Run.gradient_step` calls both.
+Lines 5 and 6 use the ω of line 2, although line 3 has changed φ and η since. `Rollout.step` is line
+1, `Agent.update` is lines 2 to 7, and `Run.gradient_step` calls both.
 
-Every episode begins with a warm-up: K steps without updates fill the window, then the environment
-is reset and the window stays. Training stores these transitions and samples them like all others;
+Every episode begins with a warm-up: K steps of the policy, without updates, fill the window. Then
+the environment is reset and the window stays. Training also learns from these transitions;
 evaluation does not count their rewards. Methods without an encoder have warm-ups as well, to see
 the same amount of data. A run begins with 5,000 random steps per context, warm-ups not counted.
 
@@ -136,11 +136,11 @@ QUICK |= {"policy_average": 0.005, "eval_every": 1000}
 def subsample(B, K, L, noisy, device=None):
     """Which L of the K transitions in a window are read: their positions, (B, L).
 
-    `noisy` means, in the whole file: as in training. Then each sample has a random subset in
-    random order, since a context does not depend on time. Otherwise: evenly spaced, oldest first.
+    `noisy` means, in the whole file, as in training: a random subset in random order (a context
+    does not depend on time), masks, sampled codes and actions. Else: evenly spaced, oldest first.
     """
     if noisy:
-        return torch.rand(B, K, device=device).topk(L).indices  # places of the L largest
+        return torch.rand(B, K, device=device).topk(L).indices  # places of the L largest numbers
     even = torch.arange(L, device=device) * (K - 1) // max(L - 1, 1)  # from 0 to K - 1
     return even.expand(B, L)
 
@@ -237,7 +237,7 @@ class Hypernetwork(nn.Module):
 def adapter(x, omega):
     """The adapter of Eq. 3: g_adapter(x; ω) = W_up ReLU(W_down x + b_down) + b_up.
 
-    x (M, B / M, 256) -> (M, B / M, 256): the block x[i] goes through adapter i.
+    x (M, B / M, 256) -> (M, B / M, 256): x[i] goes through adapter i. In DMA*-SH, B / M is 1.
     """
     down = F.relu(torch.baddbmm(omega.b_down, x, omega.W_down))  # baddbmm(b, x, W) is b + x W
     return torch.baddbmm(omega.b_up, down, omega.W_up)
@@ -357,7 +357,7 @@ def critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma):
         s2 = batch.s + batch.ds  # (B, d_s), s'
         a2, log_prob = pi.sample(s2, omega)
         v2 = Q_target(s2, a2, omega).amin(-1) - alpha * log_prob  # (B,)
-        target = batch.r + gamma * v2  # also at the time limit: it is no terminal state
+        target = batch.r + gamma * v2  # no (1 − done): a time limit is no terminal state
     q = Q(batch.s, batch.a, omega)  # (B, 2)
     return (q - target.unsqueeze(-1)).square().mean(0).sum()
 
@@ -465,13 +465,13 @@ class Agent(nn.Module):
             loss = dynamics_loss(self.f, omega, batch)
             losses["dynamics_loss"] = loss.detach()
             if self.method.kl:
-                # DMA-Pearl alone: a product, as in the published code. Neither factor is detached.
+                # DMA-Pearl alone. The published code multiplies, and detaches neither factor.
                 loss = loss * (1 + self.method.kl * self.g.kl)
             optimizers["dynamics"].zero_grad()
             loss.backward()
             optimizers["dynamics"].step()
 
-        # 4  ω ← stop-gradient(ω) (Eq. 2), or z, if it takes the place of ω
+        # 4  ω ← stop-gradient(ω) (Eq. 2): the losses below do not reach φ and η
         omega = omega.detach()
 
         # 5  ζ ← ζ − α₂ ∇L_ζ
@@ -481,9 +481,9 @@ class Agent(nn.Module):
         loss.backward()
         optimizers["critic"].step()
 
-        # 6  every second step, twice (as in CleanRL): ξ ← ξ − α₁ ∇L_ξ, then the temperature
+        # 6  every second step do twice, as CleanRL does: ξ ← ξ − α₁ ∇L_ξ, and the temperature
         if step % 2 == 0:
-            self.Q.requires_grad_(False)  # saves the time of a gradient for ζ, which is not used
+            self.Q.requires_grad_(False)  # ∂Q/∂a is needed, and ∂Q/∂ζ would only cost time
             for _ in range(2):
                 loss, log_prob = actor_loss(self.pi, self.Q, self.alpha, omega, batch)
                 losses["actor_loss"] = loss.detach()
@@ -515,7 +515,7 @@ class Method(NamedTuple):
     context: str  # z: inferred by the encoder; c: the true one; none
     rl: str  # what π and Q do with it: adapter, concat, none
     f: str  # what f does with it: adapter, concat; none: there is no f
-    hypernetwork: str  # shared: one, trained by Eq. 1; own: one in each network, by its loss
+    hypernetwork: str  # shared: one, trained by Eq. 1; own: each adapter's, by its network's loss
     mask: float  # probability p of `mask_inputs`
     input_norm: bool  # AvgL1Norm in the encoder
     output_norm: bool  # SimNorm in the encoder
@@ -683,8 +683,8 @@ def evaluate(
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
     Returns two arrays (contexts, rollouts): the returns, and whether the episode diverged. Rewards
-    after that do not count. `seed` (default: the run's) decides the initial states; those of the
-    first rollout do not depend on `rollouts`. Torch's generator is not used.
+    after that do not count. Of `cfg` only env and seed matter. `seed` (default: cfg's) decides the
+    initial states; those of the first rollout do not depend on `rollouts`.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
     envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
@@ -727,8 +727,9 @@ def complete(cfg):
     if cfg.method not in METHODS:
         raise BadInput(aib_envs.unknown("method", cfg.method, list(METHODS)))
     method = METHODS[cfg.method]
-    defaults = dict(K=spec.K, steps=spec.steps, mask=method.mask, threads=torch.get_num_threads())
-    defaults["buffer"] = 100_000 * (spec.K + spec.horizon) // spec.horizon  # warm-ups are extra
+    K = spec.K if cfg.K is None else number("--K", cfg.K, int, 1, spec.horizon)
+    defaults = dict(K=K, steps=spec.steps, mask=method.mask, threads=torch.get_num_threads())
+    defaults["buffer"] = 100_000 * (K + spec.horizon) // spec.horizon  # warm-ups are extra
     if cfg.quick:
         defaults["steps"] = spec.steps // 10
     for f in fields(cfg):
@@ -743,7 +744,6 @@ def complete(cfg):
         if not ok:
             raise BadInput(f"{flag(name)} {getattr(cfg, name)}: must be {rule}")
 
-    require(cfg.K <= spec.horizon, "K", f"at most the horizon of {cfg.env}, {spec.horizon}")
     require(cfg.buffer > cfg.K, "buffer", f"more than --K, here {cfg.K}")
     require(cfg.batch >= cfg.contexts, "batch", f"at least --contexts, here {cfg.contexts}")
     require(cfg.mask == 0 or method.context == "z", "mask", f"0: {cfg.method} has no encoder")
@@ -941,7 +941,7 @@ class Run:
             sys.stdout.flush()
 
     def gradient_step(self):
-        """One step of all contexts and one update of the networks."""
+        """One step of all contexts, after a warm-up if an episode begins, and one update."""
         begin = time.perf_counter()
         self.step += 1
         self.rollout.collect()

@@ -1214,10 +1214,10 @@ def test_windows_are_not_cut_where_no_encoder_reads_them(method, monkeypatch):
     assert rollout.replay.sample(8).tau is None
 
 
-@pytest.mark.parametrize("env", ["cartpole_inv", "di_inv"])
-def test_config_gives_warm_ups_room_in_the_replay(env):
+@pytest.mark.parametrize("env, K", [("cartpole_inv", None), ("di_inv", "5e1")])
+def test_config_gives_warm_ups_room_in_the_replay(env, K):
     """It holds the last 100,000 steps of a run and their warm-ups."""
-    cfg = dmash.Config(env=env)
+    cfg = dmash.Config(env=env, K=K)
     warm_ups = math.ceil(100_000 / aib_envs.lookup(env).horizon) * cfg.K
     assert cfg.buffer == 100_000 + warm_ups
     assert dmash.Config(env=env, buffer=1000).buffer == 1000

@@ -585,7 +585,7 @@ BAD_COMMANDS = [
     ("--step 5", "unrecognized arguments: --step 5"),
     ("--steps 1.5", "--steps 1.5: must be a whole number from 1 to 1"),
     ("--alpha 1e-50", "--alpha 1e-50: must be a number from 1e-06 to 100"),
-    ("--env di_inv --K 13", "--K 13: must be at most the horizon of di_inv, 12"),
+    ("--env di_inv --K 13", "--K 13: must be a whole number from 1 to 12"),
     ("--buffer 6", "--buffer 6: must be more than --K, here 6"),
     ("--batch 19", "--batch 19: must be at least --contexts, here 20"),
     ("--method da --mask 0.4", "--mask 0.4: must be 0: da has no encoder"),
