@@ -10,7 +10,7 @@ same during an episode, and it changes the dynamics.
     envs = VectorEnv("cartpole_inv", sets["train"], seed=0)   # side by side, as dmash.py trains
     gymnasium.make("aib_envs:aib/cartpole_inv-v0", length=0.7, action_factor=-1)
     gymnasium.make_vec("aib_envs:aib/cartpole_inv-v0", num_envs=20, contexts="train")
-    make("gymnasium:Pendulum-v1", action_factor=-1)           # Gymnasium's own, if never terminal
+    make("gymnasium:Pendulum-v1", action_factor=-1)           # Gymnasium's, without terminal state
 
 Three kinds of environments, by what one policy that ignores the context can reach:
 - overlapping: such a policy does well in every context;
@@ -79,11 +79,13 @@ old dimensions and the new one. A dimension acts in one of three ways:
 - a `MujocoTask` writes it into its model, in `xml` or `model`;
 - `multiplies` names the actuators whose action it multiplies, as for the new sign above.
 
-The file in its order: the contexts and the context sets; `Task`, the base class, which steps N
-instances together; the tasks; the classes that show a task to others, which are `VectorEnv` (for
-training), `ContextualEnv` (one gymnasium.Env) and `ContextualVectorEnv` (several of these by the
-rules of Gymnasium); the wrappers; `register`, the checks of values from outside, and the table as
-calls.
+The order of this file:
+- the contexts and the context sets;
+- `Task`, the base class, which steps N instances together, and the tasks;
+- what shows a task to others: `VectorEnv` (for training), `ContextualEnv` (one gymnasium.Env) and
+  `ContextualVectorEnv` (several of these, by the rules of Gymnasium);
+- the wrappers;
+- `register`, the checks of values from outside, and the calls that make the table.
 """
 
 import copy
@@ -143,8 +145,8 @@ SWAP = ContextDim("swap", 0.0, (0.0, 1.0), only=(0.0, 1.0))
 POLE_LENGTH = ContextDim("length", 0.5, (0.3, 0.85), (0.1, 2.0), above=0)
 SCALE = ContextDim("length", 1.0, (0.8, 1.2), (0.4, 1.6), above=0)
 CUP_GRAVITY = ContextDim("gravity", 9.81, (8.0, 12.0), (1.0, 20.0))
-# The ball starts at most 1 m minus the string above the ground. With 0.975 m, every start would
-# touch the ground, and `BallInCup.initial_state` would search forever.
+# The highest start of the ball is 1 m minus the string above the ground. With 0.975 m, every start
+# would touch the ground, and `BallInCup.initial_state` would search forever.
 STRING = ContextDim("distance", 0.3, (0.24, 0.36), (0.1, 0.5), above=0, below=0.9)
 GRAVITY = ContextDim("gravity", 9.81, (4.91, 14.71), (0.98, 19.62))
 STRENGTH = ContextDim("actuator_strength", 1.0, (0.5, 1.5), (0.1, 2.0))
@@ -189,8 +191,9 @@ def context_sets(env_id: str, n: int = 20, seed: int = 0) -> dict[str, list[dict
     dimensions, a set takes `n` evenly spaced entries of the mesh. With more, it takes `n` random
     entries, by a generator seeded with `seed`. An `n` above the size of the mesh repeats entries.
 
-    The binary values take turns. The 20 contexts of the paper are an exception: one binary
-    dimension is the last axis of the mesh then, and its two values occur 11 and 9 times.
+    Context i has combination i of the binary values, modulo their number. The paper's 20 contexts
+    are an exception: there a single binary dimension is the last axis of the mesh. With one
+    continuous dimension its two values then occur 11 and 9 times.
 
     No context is in two sets, unless all dimensions are binary.
 
@@ -228,7 +231,7 @@ def context_set(dims, name, n, rng):
     binary = [dim for dim in dims if dim.binary]
     axes = [set_values(dim, name) for dim in continuous]
     combinations = list(itertools.product(*(dim.train for dim in binary)))
-    turns = np.arange(n)  # Context i has the combination turns[i], modulo their number.
+    turns = np.arange(n)  # Context i has combination turns[i], modulo the number of combinations.
     if len(continuous) > 2:
         entries = zip(*[rng.choice(axis, n) for axis in axes])
     else:
@@ -236,8 +239,7 @@ def context_set(dims, name, n, rng):
         # Indices into mesh x combinations.
         places = np.linspace(0, len(mesh) * len(combinations) - 1, n).astype(int)
         entries = [mesh[place // len(combinations)] for place in places]
-        # The paper takes the binary value of the same index. With another n, an even stride could
-        # give one value only.
+        # As the paper does. With another n, an even distance of `places` could give one value only.
         if continuous and n == 20 and len(combinations) == 2:
             turns = places
     contexts = []
@@ -288,11 +290,11 @@ class Task(ABC):
         """What `draw` draws of instance i: a View and a list of Shapes."""
 
     def set_state(self, state):
-        """Takes over the physical state of all instances, (N, state_size)."""
+        """Sets the physical state of all instances, (N, state_size)."""
         self.s = state.copy()
 
     def state(self):
-        """The physical state, (N, state_size), in an array of its own."""
+        """A copy of the physical state, (N, state_size)."""
         return self.s.copy()
 
     def observation(self):
@@ -314,9 +316,9 @@ class Task(ABC):
                 self.signs[:, self.multiplies[name]] *= self.c[name][:, None]
 
     def with_contexts(self, contexts):
-        """A copy of this task in other contexts, for `set_state` or `reset` to start.
+        """A copy of this task in other contexts. It needs `set_state` or `reset` before a step.
 
-        The copy is shallow and calls `build` again, so a task assigns new arrays and never writes
+        The copy is shallow and calls `build` again. So a task assigns new arrays, and never writes
         into old ones. A context that cannot be built is a ValueError.
         """
         other = copy.copy(self)
@@ -333,6 +335,7 @@ class Task(ABC):
         return self.state()
 
     def restore(self, snapshot):
+        """Goes back to a `snapshot`."""
         self.set_state(snapshot)
 
     def reset(self, rngs):
@@ -347,8 +350,7 @@ class Task(ABC):
         action. Then swap = 1 exchanges the first two. What an actuator gets is clipped to [-1, 1].
         The wrappers `ActuatorInversion` and `ActuatorPermutation` are for other environments.
         """
-        # A float32 action would be rounded at each product, unlike the same action in float64.
-        actions = np.asarray(actions, dtype=np.float64) * self.signs
+        actions = actions * self.signs
         if "swap" in self.c:
             swapped = self.c["swap"] == 1  # (N,)
             actions[swapped, :2] = actions[swapped, 1::-1]
@@ -488,7 +490,7 @@ class ODE(Task):
 
     def advance(self, actions):
         a = actions[:, 0] + 1j * actions[:, 1]
-        # Where a sign stands beside the coefficients, there are fewer of them than contexts.
+        # `get`, as a context may also be a sign: then there are fewer coefficients than contexts.
         terms = [self.c.get(f"c{k}", 0) * a ** (k + 1) for k in range(len(self.c))]
         slope = sum(terms).real
         self.s = np.clip(self.s + self.dt * slope[:, None], -self.high, self.high)
@@ -506,7 +508,7 @@ class ODE(Task):
             Shape(-goal, goal, 0.04, GREEN),
             Shape(x, x, 0.06, BLUE),
         ]
-        return View(np.clip(x, -18, 18) * 0.9, 4.0), shapes
+        return View(0.9 * x, 4.0), shapes  # x is not centred, so that one sees it move
 
 
 # --------------------------------------------------------------------------------------------------
@@ -817,8 +819,8 @@ class BallInCup(MujocoTask):
     CUP = 0.6  # m, height of the cup's opening at rest
     HALF = 0.05  # m, half the cup's width, and from the opening down to the cup's middle
     BALL = 0.025  # m, radius
-    # m. State 0 of the ball is the string's length below this height. The string is tied to the
-    # cup at 0.492 m. The 8 mm between come from the model of DeepMind Control.
+    # m. The ball's state 0 is the string's length below this height. The string is tied to the cup
+    # at 0.492 m. The model of DeepMind Control has these 8 mm, too.
     STRING_TOP = 0.5
 
     def xml(self, context):
@@ -866,7 +868,7 @@ class BallInCup(MujocoTask):
 
     def initial_state(self, i, rng):
         model, data = self.pairs[i]
-        while True:  # A quarter of all places or more is free, since a string is below 0.9 m.
+        while True:  # A string below 0.9 m leaves a quarter of all places free, or more.
             mujoco.mj_resetData(model, data)
             data.qpos[2:] = rng.uniform(-0.2, 0.2), rng.uniform(0.2, 0.5)
             mujoco.mj_forward(model, data)
@@ -1002,8 +1004,8 @@ class Walker(MujocoTask):
     State: z of the torso (0 at 1.3 m), its x and angle, the six joints, then all velocities.
     Action: torques of the six joints, each in [-1, 1], in units of the motor's gear.
     Reward, in [0, 1]: (3 standing + upright)/4 · (5 moving + 1)/6. Standing is 1 where the torso
-    is 1.2 m high or more, and falls as `near` below. Upright is (1 + cosine of the torso's
-    angle)/2. Moving is speed / (1 m/s), clipped to [0, 1].
+    is 1.2 m high or more, and near(1.2 m − height, 0.6 m) below. Upright is (1 + cosine of the
+    torso's angle)/2. Moving is speed / (1 m/s), clipped to [0, 1].
     Start: at rest, joints uniform in their ranges, the torso's angle in ±π.
     Context: gravity (m/s²) and actuator_strength (multiplies the gears, without a unit).
     """
@@ -1219,7 +1221,7 @@ class GymnasiumTask(Task):
         actions = np.clip(actions * self.c["actuator_strength"][:, None], -1, 1)
         self.seen, self.r, terminated, truncated, _ = self.envs.step(actions.astype(np.float32))
         if terminated.any() or truncated.any():
-            reason = "has terminal states: the method knows none but time"
+            reason = "has terminal states, which no environment here may have"
             raise BadEnvironment(f"gymnasium:{self.gymnasium_id} {reason}")
 
     def observation(self):
@@ -1234,9 +1236,9 @@ class GymnasiumTask(Task):
 
 @functools.cache
 def gymnasium_spec(gymnasium_id):
-    """The EnvSpec of an environment of Gymnasium, in which one random episode is tried.
+    """The EnvSpec of an environment of Gymnasium, after one random episode in it.
 
-    BadEnvironment says why an environment cannot be used.
+    BadEnvironment says why it cannot be used.
     """
     try:
         env = gymnasium.make(gymnasium_id)
@@ -1336,7 +1338,7 @@ class VectorEnv:
         return self.task.with_contexts(contexts)
 
     def state_dict(self):
-        """Everything that the next steps and resets depend on, in plain lists and numbers."""
+        """All that the next steps and resets depend on but the contexts, as lists and numbers."""
         snapshot = None
         if self.t is not None:
             snapshot = self.task.snapshot().tolist()
@@ -1384,6 +1386,7 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
         self.render_mode = render_mode
         self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
         self.observation_space, self.action_space = self.task.spaces()
+        self.np_random = self.rngs[0]
 
     @property
     def context(self):
@@ -1483,16 +1486,17 @@ class ContextualVectorEnv(gymnasium.vector.SyncVectorEnv):
     def reset(self, *, seed=None, options=None):
         """options={"contexts": [...]}: context values to change, a dict for each instance.
 
-        Other options go to every instance. Returns observations (num_envs, d_s) and infos.
+        Returns observations (num_envs, d_s) and infos.
         """
-        options = dict(named("options", options or {}))
-        contexts = options.pop("contexts", [{}] * self.num_envs)
+        options = named("options", options or {})
+        check_names("option", options, ["contexts"])
+        contexts = options.get("contexts", [{}] * self.num_envs)
         contexts = listed(self.envs[0].env_id, contexts, self.num_envs)
         tasks = [env.task_in([context]) for env, context in zip(self.envs, contexts)]
         # All contexts are checked: one that is refused changes nothing.
         for env, task in zip(self.envs, tasks):
             env.task = task
-        return super().reset(seed=seed, options=options)
+        return super().reset(seed=seed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1504,7 +1508,8 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
     """Draws a context at each reset, by the environment's generator.
 
     `contexts` is a list, the name of a set, or a dict of ranges, {"length": (0.3, 0.85)}. A range
-    is drawn from uniformly. A dimension that `contexts` does not name keeps its value.
+    is drawn from uniformly. A dimension that `contexts` does not name keeps the value that it had
+    when the environment was wrapped.
     """
 
     def __init__(self, env: gymnasium.Env, contexts: Any = "train"):
@@ -1526,13 +1531,13 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
     def reset(self, *, seed=None, options=None):
         """Values in options["context"] take the place of drawn ones."""
         if seed is not None:
-            # Otherwise the context and the state would be drawn from the same random numbers.
+            # The seed comes first, since the context too is drawn by the generator that it sets.
             self.env.reset(seed=seed)
         options = dict(options or {})
         context = dict(self.np_random.choice(self.contexts))
         for name, (low, high) in self.ranges.items():
             context[name] = self.np_random.uniform(low, high)
-        options["context"] = context | options.get("context", {})
+        options["context"] = context | named("context", options.get("context", {}))
         return self.env.reset(options=options)
 
 
@@ -1556,7 +1561,7 @@ class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
             high = np.append(plain.high, added.high)
             self.observation_space = box(len(low), high, low)
         else:
-            reason = "needs a key, as it has not one axis"
+            reason = "has not one axis, so that a key is needed"
             raise ValueError(f"observation space {shown(plain)}: {reason}")
 
     def observation(self, observation):
@@ -1593,7 +1598,7 @@ class ActuatorInversion(gymnasium.ActionWrapper, RecordConstructorArgs):
 class ActuatorPermutation(gymnasium.ActionWrapper, RecordConstructorArgs):
     """Sends entry `order[i]` of the action to actuator i.
 
-    An order that is no permutation, or exchanges actuators with other bounds, is a ValueError.
+    An order that is no permutation, or exchanges actuators with different bounds, is a ValueError.
     The benchmark's own environments do the same in `Task.step`, by their context.
     """
 
@@ -1667,10 +1672,10 @@ def register(
 
 
 def check_spec(env_id, spec):
-    """ValueError, if the row means nothing or the class does not keep the contract of Task."""
+    """ValueError, if a value of the row is not usable or the class is no complete Task."""
     cls = spec.cls
     if not (isinstance(env_id, str) and env_id.replace("-", "_").isidentifier()):
-        raise ValueError("must be letters, digits, - and _")
+        raise ValueError("must be letters, digits, - and _, a digit not first")
     known = ENVS.get(env_id)
     if known and (known.module, known.cls.__qualname__) != (spec.module, cls.__qualname__):
         raise ValueError(f"belongs to {known.cls.__qualname__} of the module {known.module}")
@@ -1702,7 +1707,7 @@ def check_spec(env_id, spec):
 
 
 def check_dim(dim):
-    """ValueError, if the name or the ranges of a ContextDim mean nothing."""
+    """ValueError, if the name or the ranges of a ContextDim are not usable."""
     if dim.name in RESERVED or not str(dim.name).isidentifier():
         raise ValueError(f"context {dim.name!r}: the name is reserved, or no identifier")
     for value in (dim.default, *dim.train, *(dim.extrapolation or ())):
@@ -1719,8 +1724,8 @@ def check_dim(dim):
 def lookup(env_id: str) -> EnvSpec:
     """The EnvSpec of an id of the table, of "module:id" or of "gymnasium:id".
 
-    Importing the module, which may stand in the current folder, registers the id. An unknown id is
-    a ValueError, ImportError, TypeError (./module:id) or an error of Gymnasium's own.
+    Importing the module, which may be in the current folder, registers the id. An unknown id is a
+    ValueError or an error of the import or of Gymnasium.
     """
     if str(env_id).startswith("gymnasium:"):
         return gymnasium_spec(env_id.removeprefix("gymnasium:"))

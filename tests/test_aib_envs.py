@@ -530,14 +530,24 @@ def test_a_picture_shows_lines_and_discs_where_they_are():
         assert (tuple(picture[row, column]) == aib_envs.RED) == inside
 
 
+def test_the_picture_of_the_ode_shows_x_up_to_its_bounds():
+    env = make("ode", render_mode="rgb_array")
+    for x in (-20.0, 0.0, 20.0):
+        env.reset(options={"state": [x]})
+        assert (env.render() == aib_envs.BLUE).all(-1).any()
+
+
 def unpickled(env):
     return pickle.loads(pickle.dumps(env))
 
 
-def restored(envs):
-    other = VectorEnv(envs.env_id, envs.task.contexts, seed=9)
-    other.load_state_dict(envs.state_dict())
-    assert other.t == envs.t
+def restored(env):
+    if isinstance(env, gymnasium.Env):
+        other = make(env.env_id, **env.context)
+    else:
+        other = VectorEnv(env.env_id, env.task.contexts, seed=9)
+    other.load_state_dict(env.state_dict())
+    assert other.t == env.t
     return other
 
 
@@ -556,10 +566,7 @@ def test_copies_go_on_like_the_original(env_id, copied):
 
     contexts = context_sets(env_id, 2)["eval_out"]
     vector, single = VectorEnv(env_id, contexts, seed=1), make(env_id, **contexts[0])
-    single.np_random = np.random.default_rng(2)
     for env, shape in ((vector, [2, vector.d_a]), (single, [vector.d_a])):
-        if env is single and copied is restored:
-            continue
         actions = np.random.default_rng(0).uniform(-1, 1, (4, *shape))
         early = copied(env)
         assert_array_equal(early.reset()[0], env.reset()[0])
@@ -618,6 +625,8 @@ def test_bad_values_of_vector_environments_are_refused():
         VectorEnv("ode", [{}] * 3, seed=0).load_state_dict(state)
     with refused("num_envs=2: must be the number of contexts"):
         envs.reset(options={"contexts": [{}]})
+    with refused("unknown option 'state'; known: contexts"):
+        envs.reset(options={"state": 1})
     before = envs.get_attr("context")
     with refused("mass=-1: must be above 0"):
         envs.reset(options={"contexts": [{"mass": 1.2}, {"mass": -1}]})
@@ -642,7 +651,7 @@ def test_bad_values_of_wrappers_are_refused():
     for wrapper in (RandomContext, AddContext):
         with refused("must be an environment of aib_envs"):
             wrapper(gymnasium.make("Pendulum-v1"))
-    with refused("needs a key, as it has not one axis"):
+    with refused("has not one axis, so that a key is needed"):
         AddContext(gymnasium.wrappers.FrameStackObservation(env, 4))
     with refused("signs [1, 2, 3]: must be 2 finite numbers"):
         ActuatorInversion(env, [1, 2, 3])
