@@ -539,16 +539,14 @@ class MujocoTask(Task):
     def build(self):
         super().build()
         try:
-            self.models = [self.model(context) for context in self.contexts]
+            self.datas = [mujoco.MjData(self.model(context)) for context in self.contexts]
         except (ValueError, mujoco.FatalError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"contexts {shown(self.contexts)}: {reason}") from None
-        self.datas = [mujoco.MjData(model) for model in self.models]
-        self.pairs = list(zip(self.models, self.datas))
 
     @property
     def dt(self):
-        return self.models[0].opt.timestep * self.SUBSTEPS
+        return self.datas[0].model.opt.timestep * self.SUBSTEPS
 
     def model(self, context):
         model = mujoco.MjModel.from_xml_string(self.xml(context))
@@ -572,44 +570,44 @@ class MujocoTask(Task):
         return np.clip(speed / self.SPEED, 0, 1)
 
     def set_state(self, state):
-        for (model, data), row in zip(self.pairs, state):
-            mujoco.mj_resetData(model, data)
-            data.qpos[:] = row[: model.nq]
-            data.qvel[:] = row[model.nq :]
-            mujoco.mj_forward(model, data)
+        for data, row in zip(self.datas, state):
+            mujoco.mj_resetData(data.model, data)
+            data.qpos[:] = row[: data.model.nq]
+            data.qvel[:] = row[data.model.nq :]
+            mujoco.mj_forward(data.model, data)
         self.measure()
 
     def state(self):
         return np.hstack([self.qpos, self.qvel])
 
     def snapshot(self):
-        size = mujoco.mj_stateSize(self.models[0], self.WHOLE)
+        size = mujoco.mj_stateSize(self.datas[0].model, self.WHOLE)
         snapshot = np.empty((self.N, size))
-        for (model, data), row in zip(self.pairs, snapshot):
-            mujoco.mj_getState(model, data, row, self.WHOLE)
+        for data, row in zip(self.datas, snapshot):
+            mujoco.mj_getState(data.model, data, row, self.WHOLE)
         return snapshot
 
     def restore(self, snapshot):
-        for (model, data), row in zip(self.pairs, snapshot):
-            mujoco.mj_setState(model, data, row, self.WHOLE)
+        for data, row in zip(self.datas, snapshot):
+            mujoco.mj_setState(data.model, data, row, self.WHOLE)
             # The sensors follow. mj_forward would run the constraint solver once more, and so
             # change what it starts from in the next step.
-            mujoco.mj_step1(model, data)
+            mujoco.mj_step1(data.model, data)
         self.measure()
 
     def advance(self, actions):
         self.actions = actions
-        for (model, data), action in zip(self.pairs, actions):
+        for data, action in zip(self.datas, actions):
             data.ctrl[:] = action
-            mujoco.mj_step(model, data, self.SUBSTEPS)
-            if model.nsensor:
-                # mj_step computes the sensors before it moves; this is of the new state.
-                mujoco.mj_step1(model, data)
+            mujoco.mj_step(data.model, data, self.SUBSTEPS)
+            if data.model.nsensor:
+                # mj_step computes the sensors before it moves. Here they follow the new state.
+                mujoco.mj_step1(data.model, data)
         self.measure()
 
     def random_pose(self, i, rng):
         """At rest, limited joints uniform in their range and unlimited hinges in [-π, π]."""
-        model = self.models[i]
+        model = self.datas[i].model
         state = np.zeros(self.state_size)
         limited = model.jnt_limited == 1
         ranges = np.where(limited[:, None], model.jnt_range, [-np.pi, np.pi])
@@ -619,8 +617,9 @@ class MujocoTask(Task):
 
     def picture(self, i):
         """Every geom of the model as it is now, and the ground as a line."""
-        model, data = self.pairs[i]
-        mujoco.mj_kinematics(model, data)  # mj_step leaves the places of the geoms one step behind.
+        data = self.datas[i]
+        model = data.model
+        mujoco.mj_kinematics(model, data)  # mj_step leaves the geoms' positions one step behind.
         shapes = []
         for g in range(model.ngeom):
             if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_PLANE:
@@ -867,11 +866,11 @@ class BallInCup(MujocoTask):
         return np.column_stack([cup_x - ball_x, middle_z - ball_height])
 
     def initial_state(self, i, rng):
-        model, data = self.pairs[i]
+        data = self.datas[i]
         while True:  # A string below 0.9 m leaves a quarter of all places free, or more.
-            mujoco.mj_resetData(model, data)
+            mujoco.mj_resetData(data.model, data)
             data.qpos[2:] = rng.uniform(-0.2, 0.2), rng.uniform(0.2, 0.5)
-            mujoco.mj_forward(model, data)
+            mujoco.mj_forward(data.model, data)
             if data.ncon == 0:  # The ball touches nothing.
                 return np.concatenate([data.qpos, data.qvel])
 
@@ -969,7 +968,8 @@ class Cheetah(MujocoTask):
         return model
 
     def initial_state(self, i, rng):
-        model, data = self.pairs[i]
+        data = self.datas[i]
+        model = data.model
         mujoco.mj_resetData(model, data)
         mujoco.mj_forward(model, data)
         limited = model.jnt_limited == 1
@@ -1109,7 +1109,7 @@ class GymTask(MujocoTask):
         return (folder / self.FILE).read_text()
 
     def initial_state(self, i, rng):
-        model = self.models[i]
+        model = self.datas[i].model
         state = rng.uniform(-self.NOISE, self.NOISE, size=self.state_size)
         state[: model.nq] += model.qpos0
         return state
@@ -1255,12 +1255,15 @@ def gymnasium_spec(gymnasium_id):
         what = "Boxes of one axis as spaces, bounded float actions and a horizon"
         raise BadEnvironment(f"gymnasium:{gymnasium_id}: must have {what} (max_episode_steps)")
     # A class of its own, since the sizes of a task are attributes of its class.
-    cls = type(gymnasium_id, (GymnasiumTask,), {"gymnasium_id": gymnasium_id})
-    cls.d_s = observations.shape[0]
-    cls.d_a = actions.shape[0]
-    cls.dt = 1 / (env.metadata.get("render_fps") or 30)
-    cls.low = observations.low
-    cls.high = observations.high
+    attributes = {
+        "gymnasium_id": gymnasium_id,
+        "d_s": observations.shape[0],
+        "d_a": actions.shape[0],
+        "dt": 1 / (env.metadata.get("render_fps") or 30),
+        "low": observations.low,
+        "high": observations.high,
+    }
+    cls = type(gymnasium_id, (GymnasiumTask,), attributes)
     task = cls([{"actuator_strength": 1.0, "action_factor": 1.0}])
     rng = np.random.default_rng(0)
     task.reset([rng])
@@ -1314,15 +1317,10 @@ class VectorEnv:
 
     def step(self, actions) -> tuple[np.ndarray, np.ndarray, bool]:
         """Actions (N, d_a). Returns observations, rewards (N,), whether the horizon is reached."""
-        observations = self.advance(actions)
-        return observations, self.task.reward().astype(np.float32), self.t >= self.horizon
-
-    def advance(self, actions):
-        """A step that returns the observations only."""
         self.need_reset("step")
         self.task.step(finite("actions", actions, (self.N, self.d_a)))
         self.t += 1
-        return self.observe()
+        return self.observe(), self.task.reward(), self.t >= self.horizon
 
     def state(self):
         """The physical states, (N, state_size), float64."""
@@ -1404,8 +1402,7 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
         self.task = task
 
     def reset(self, *, seed=None, options=None):
-        options = dict(named("options", options or {}))
-        check_names("option", options, ["state", "target", "context"])
+        options = dict(named("option", options or {}, ["state", "target", "context"]))
         sizes = {"state": self.task.state_size, "target": self.task.target_size}
         for name in options.keys() & sizes.keys():
             options[name] = finite(name, options[name], (sizes[name],))[None]
@@ -1423,10 +1420,8 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
 
     def step(self, action):
         """One step of `action`, (d_a,); what an actuator gets is clipped to [-1, 1]."""
-        (observation,) = self.advance([action])
-        reward = float(self.task.reward()[0])
-        truncated = self.t >= self.horizon
-        return observation, reward, False, truncated, {"context": self.context}
+        observations, rewards, truncated = super().step([action])
+        return observations[0], float(rewards[0]), False, truncated, {"context": self.context}
 
     def render(self):
         """The picture, (256, 256, 3), or None without a render mode."""
@@ -1479,7 +1474,7 @@ class ContextualVectorEnv(gymnasium.vector.SyncVectorEnv):
             contexts = [{}] * num_envs
         makers = []
         for each in listed(env_id, contexts, num_envs):
-            values = named("context", each) | context
+            values = full_context(env_id, each) | context
             makers.append(functools.partial(ContextualEnv, env_id, render_mode, horizon, **values))
         super().__init__(makers)
 
@@ -1488,8 +1483,7 @@ class ContextualVectorEnv(gymnasium.vector.SyncVectorEnv):
 
         Returns observations (num_envs, d_s) and infos.
         """
-        options = named("options", options or {})
-        check_names("option", options, ["contexts"])
+        options = named("option", options or {}, ["contexts"])
         contexts = options.get("contexts", [{}] * self.num_envs)
         contexts = listed(self.envs[0].env_id, contexts, self.num_envs)
         tasks = [env.task_in([context]) for env, context in zip(self.envs, contexts)]
@@ -1537,7 +1531,8 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
         context = dict(self.np_random.choice(self.contexts))
         for name, (low, high) in self.ranges.items():
             context[name] = self.np_random.uniform(low, high)
-        options["context"] = context | named("context", options.get("context", {}))
+        given = options.get("context", {})
+        options["context"] = full_context(self.unwrapped.env_id, given, context)
         return self.env.reset(options=options)
 
 
@@ -1753,8 +1748,7 @@ def full_context(env_id, context, base=None):
     A dimension that it does not name has its value in `base`, or else its default.
     """
     dims = {dim.name: dim for dim in lookup(env_id).context}
-    what = "context, or unexpected keyword argument"
-    check_names(what, named("context", context), list(dims))
+    named("context, or unexpected keyword argument", context, list(dims))
     values = (base or {}) | context
     return {name: allowed_value(dim, values.get(name, dim.default)) for name, dim in dims.items()}
 
@@ -1845,16 +1839,14 @@ class UnknownName(TypeError, ValueError):
     """
 
 
-def named(what, values):
+def named(kind, values, known):
+    """`values`, if it is a dict whose names are all known."""
     if not isinstance(values, dict):
-        raise ValueError(f"{what} {shown(values)}: must be a dict of values by name")
-    return values
-
-
-def check_names(kind, values, known):
+        raise ValueError(f"{shown(values)}: must be a dict with names of {', '.join(known)}")
     for name in values:
         if name not in known:
             raise UnknownName(unknown(kind, name, known))
+    return values
 
 
 def shown(value):

@@ -674,7 +674,7 @@ class Rollout:
         return values
 
     def tensor(self, array):
-        return torch.from_numpy(array).to(self.agent.cfg.device)
+        return torch.from_numpy(array).to(self.agent.cfg.device, torch.float32)
 
 
 def evaluate(
