@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -40,7 +39,6 @@ from aib_envs import (
     register,
 )
 
-HERE = Path(__file__).parents[1]
 # ode_3 ... ode_19 differ from their neighbours in the number of coefficients only.
 IDS = [env_id for env_id in aib_envs.ENVS if env_id not in {f"ode_{k}" for k in range(3, 20)}]
 each_environment = pytest.mark.parametrize("env_id", IDS)
@@ -85,15 +83,15 @@ def default_of(env_id):
     return {dim.name: dim.default for dim in dims_of(env_id)}
 
 
-def start_of(env):
-    """The options of a reset that starts where `env` is now."""
-    options = {"state": env.state()}
-    if env.task.target_size:
-        options["target"] = env.task.target[0].copy()
+def start_of(task):
+    """The options of a reset that starts where the single instance of `task` is now."""
+    options = {"state": task.state()[0]}
+    if task.target_size:
+        options["target"] = task.target[0].copy()
     return options
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """What a test registers is forgotten after it."""
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -127,7 +125,7 @@ def test_double_integrator_by_hand():
     assert_allclose(s2[2:], [0.5 - 0.2, -1 + 0.4 + 0.2], rtol=1e-6)
 
 
-def test_ode_by_hand(registered):
+def test_ode_by_hand():
     """Each coefficient with its power, whatever context stands before it."""
     register("late", aib_envs.ODE, [ACTION_FACTOR, *coefficients(3)], 50)
     env = make("late", action_factor=-1, c0=2, c1=-3, c2=4)
@@ -193,7 +191,6 @@ DM_CONTROL = {
     "walker": ("walker", "walk", None),
 }
 GYMNASIUM = {"walker_gym": "Walker2d-v5", "hopper_gym": "Hopper-v5"}
-each_reference = pytest.mark.parametrize("env_id", [*DM_CONTROL, *GYMNASIUM])
 
 
 class DmControl:
@@ -257,10 +254,8 @@ class GymnasiumOwn:
         return self.env.step(action)[:2]
 
 
-def reference_of(env_id, context):
-    if env_id in DM_CONTROL:
-        return DmControl(env_id, context)
-    return GymnasiumOwn(env_id, context)
+REFERENCES = dict.fromkeys(DM_CONTROL, DmControl) | dict.fromkeys(GYMNASIUM, GymnasiumOwn)
+each_reference = pytest.mark.parametrize("env_id", REFERENCES)
 
 
 @each_reference
@@ -271,10 +266,10 @@ def test_steps_equal_the_reference(env_id):
     ends = [dim.train + (dim.extrapolation or ()) for dim in dims_of(env_id)]
     for i, values in enumerate([default.values(), *itertools.product(*ends)]):
         context = dict(zip(default, values))
-        env, reference = started(env_id, i, **context), reference_of(env_id, context)
+        env, reference = started(env_id, i, **context), REFERENCES[env_id](env_id, context)
         task, rng = env.task, np.random.default_rng(i)
         for k in range(40):
-            start = start_of(env)
+            start = start_of(task)
             if k % 20 == 10:  # far from where an episode leads
                 start["state"] += 0.1 * rng.normal(size=task.state_size)
             action = rng.uniform(-1, 1, task.d_a)
@@ -284,7 +279,7 @@ def test_steps_equal_the_reference(env_id):
             reference.set_state(**start)
             _, r, *_ = env.step(action)
             s2, r2 = reference.step(action)
-            ours = np.hstack([task.observation()[0], *start_of(env).values(), r])
+            ours = np.hstack([task.observation()[0], *start_of(task).values(), r])
             assert_allclose(ours, np.hstack([s2, reference.start(), r2]), rtol=0, atol=1e-6)
 
 
@@ -292,12 +287,12 @@ def test_steps_equal_the_reference(env_id):
 def test_resets_are_distributed_as_in_the_reference(env_id):
     """The Kolmogorov-Smirnov test of each entry of state and target, and the support."""
     stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
-    env, reference = started(env_id), reference_of(env_id, default_of(env_id))
+    env, reference = started(env_id), REFERENCES[env_id](env_id, default_of(env_id))
     ours, theirs = [], []
     for _ in range(2000):
         env.reset()
         reference.env.reset()
-        ours.append(np.hstack([*start_of(env).values()]))
+        ours.append(np.hstack([*start_of(env.task).values()]))
         theirs.append(reference.start())
     assert (stats.ks_2samp(ours, theirs, method="asymp").pvalue > 0.001).all()
     margin = 0.15 * np.ptp(theirs, axis=0) + 1e-9
@@ -306,14 +301,6 @@ def test_resets_are_distributed_as_in_the_reference(env_id):
     if env.task.target_size:
         radii = np.hypot(*np.transpose(ours)[-2:])
         assert 0.05 <= radii.min() and radii.max() <= 0.2
-
-
-@pytest.mark.filterwarnings("ignore:overflow")
-def test_a_simulation_that_diverges_shows_it(tmp_path, monkeypatch):
-    """MuJoCo by itself would start anew, and the observation would look right."""
-    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log there.
-    s2, _ = one_step(make("cartpole_inv"), [0, 0, 1e200, 1e200], [0])
-    assert not np.abs(s2).max() < 1e6
 
 
 # --------------------------------------------------------------------------------------------------
@@ -360,7 +347,7 @@ def test_context_sets(env_id):
                 assert_allclose(list(context.values()), [*values, *binary], rtol=1e-12)
 
 
-def test_binary_values_take_turns_in_any_environment(registered):
+def test_binary_values_take_turns_in_any_environment():
     """Alone, before a continuous dimension, and beside so many that contexts are drawn."""
     cases = [("alone", [], 20), ("first", [MASS], 5), ("drawn", coefficients(3), 20)]
     for env_id, dims, n in cases:
@@ -371,46 +358,40 @@ def test_binary_values_take_turns_in_any_environment(registered):
             assert list(contexts[0]) == list(default_of(env_id))
 
 
-PRINT = [sys.executable, HERE / "aib_envs.py"]
+PRINT = [sys.executable, aib_envs.__file__]
 
 
 def test_the_table_in_the_docstring_is_true_and_printed():
     printed = subprocess.run(PRINT, capture_output=True, text=True).stdout
     assert printed == aib_envs.__doc__ + "\n"
-    rows = [line.split() for line in printed.splitlines()]
-
-    def stands_there(*columns):
-        row = " ".join(map(str, columns)).split()
-        return any(line[: len(row)] == row for line in rows)
-
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
     table, first_in = dict(aib_envs.ENVS), {}
     for k in range(1, 21):
         expected = dataclasses.replace(table["ode"], context=tuple(coefficients(k)))
         assert table.pop(f"ode_{k}") == expected
+    expected = []
     for env_id, spec in table.items():
         names = ", ".join(default_of(env_id))
-        assert stands_there(env_id, names, spec.horizon, spec.kind, spec.K, spec.steps)
+        expected.append(f"{env_id} {names} {spec.horizon} {spec.kind} {spec.K} {spec.steps} ")
         for dim in spec.context:
             first_in.setdefault(dim, env_id)
     for dim, env_id in first_in.items():
-        assert stands_there(dim.name, env_id, dim.default, dim.train, dim.extrapolation)
-
-
-def test_a_reader_that_stops_early_sees_no_traceback():
-    """As `python aib_envs.py | head -1`, where the reader has gone before the table comes."""
-    read, write = os.pipe()
-    os.close(read)
-    done = subprocess.run(PRINT, stdout=write, stderr=subprocess.PIPE)
-    os.close(write)
-    assert done.stderr == b""
+        expected.append(f"{dim.name} {env_id} {dim.default} {dim.train} {dim.extrapolation} ")
+    for row in expected:
+        assert any(line.startswith(row) for line in lines), row
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
-def test_a_full_disk_is_told_in_one_line():
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(PRINT, stdout=full, stderr=subprocess.PIPE)
-    assert done.stderr.startswith(b"aib_envs.py: error: ") and done.stderr.count(b"\n") == 1
-    assert done.returncode == 1
+def test_output_that_nobody_takes():
+    """A reader that has gone, as `head` has before the table comes, is told nothing. A full disk is
+    told in one line."""
+    receive, send = os.pipe()
+    os.close(receive)
+    full = b"aib_envs.py: error: No space left on device\n"
+    for place, status, told in ((send, 0, b""), (os.open("/dev/full", os.O_WRONLY), 1, full)):
+        done = subprocess.run(PRINT, stdout=place, stderr=subprocess.PIPE)
+        os.close(place)
+        assert (done.returncode, done.stderr) == (status, told)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -440,12 +421,10 @@ def test_an_episode_by_the_conventions(env_id):
             last = env.render()
     assert (np.ptp(seen, axis=0) > 0).all()  # No element is constant.
     assert np.ptp(picture) > 0 and not np.array_equal(picture, last)
-    seconds = 0.1 if "di" in env_id else 0.01
     if isinstance(env.task, aib_envs.MujocoTask):
         seconds = env.task.datas[0].time / horizon
-    assert env.metadata["render_fps"] == pytest.approx(1 / seconds)
+        assert env.metadata["render_fps"] == pytest.approx(1 / seconds)
     assert_array_equal(s, first)  # An observation handed out is never written to again.
-    assert_array_equal(env.reset(seed=3)[0], first)
     assert not np.array_equal(env.reset()[0], first)
     info["context"].clear()
     assert env.context == context
@@ -494,13 +473,14 @@ def test_vector_env_as_training_uses_it():
 
 @each_environment
 def test_context_switches_keep_the_state_or_rebuild(env_id):
-    """As a fresh environment of the new context, from the same state or from the same seed."""
+    """As a fresh environment of the new context, from the same state or from the same seed. The
+    task of the old context is left alone."""
     new = context_sets(env_id, n=2)["eval_out"][1]
     env, fresh = started(env_id), make(env_id, **new)
     action = np.full(env.task.d_a, 0.5)
     for _ in range(5):
         env.step(action)
-    start = start_of(env)
+    task, start = env.task, start_of(env.task)
     env.set_context(**new)
     fresh.reset(options=start)
     assert_same(env.state(), start["state"])
@@ -509,14 +489,7 @@ def test_context_switches_keep_the_state_or_rebuild(env_id):
     default = {"context": default_of(env_id)}
     assert_same(env.reset(seed=7, options=default), make(env_id).reset(seed=7))
     assert_same(env.reset(seed=7, options={"context": new}), fresh.reset(seed=7))
-
-
-def test_a_task_in_other_contexts_leaves_the_first_one_alone():
-    task = started("reacher_easy_inv").task
-    target = task.target.copy()
-    other = task.with_contexts(task.contexts)
-    other.reset([np.random.default_rng(1)])
-    assert np.array_equal(task.target, target) and not np.array_equal(other.target, target)
+    assert_same(start_of(task), start)
 
 
 def test_a_picture_shows_lines_and_discs_where_they_are():
@@ -812,24 +785,22 @@ def test_a_vector_wrapper_of_gymnasium_works():
 
 
 def test_actuator_wrappers_on_any_environment():
-    def compare(wrapped, plain, action, expected):
-        wrapped.reset(seed=0)
-        plain.reset(seed=0)
-        s2, r, *_ = wrapped.step(np.float32(action))
-        assert_same((s2, r), plain.step(np.float32(expected))[:2])
-
-    pendulum = [gymnasium.make("Pendulum-v1") for _ in range(2)]
-    compare(ActuatorInversion(pendulum[0], -1), pendulum[1], [0.7], [-0.7])
+    """As the environment inside, with the action changed. What was given is not kept."""
     signs, order = np.array([1.0, -1.0]), np.array([1, 0])
-    signed = ActuatorInversion(make("di_inv"), signs)
-    swapped = ActuatorPermutation(make("di_inv"), order)
-    signs *= -1  # What was given is not kept.
+    cases = [
+        (ActuatorInversion(gymnasium.make("Pendulum-v1"), -1), [0.7], [-0.7]),
+        (ActuatorInversion(make("di_inv"), signs), [0.2, 0.8], [0.2, -0.8]),
+        (ActuatorPermutation(make("di_inv"), order), [0.2, 0.8], [0.8, 0.2]),
+    ]
+    signs *= -1
     order[:] = 0
-    compare(signed, make("di_inv"), [0.2, 0.8], [0.2, -0.8])
-    compare(swapped, make("di_inv"), [0.2, 0.8], [0.8, 0.2])
-    for wrapped in (signed, swapped):
-        with refused("action [0.2]: must be 2 finite numbers"):
-            wrapped.step([0.2])
+    for env, action, expected in cases:
+        env.reset(seed=0)
+        s2, r, *_ = env.step(np.float32(action))
+        env.env.reset(seed=0)
+        assert_same((s2, r), env.env.step(np.float32(expected))[:2])
+        with refused("action [0.2, 0.2, 0.2]: must be "):
+            env.step([0.2] * 3)
 
 
 WRAPPED = [
@@ -837,9 +808,8 @@ WRAPPED = [
     lambda: ActuatorPermutation(make("hopper_gym", gravity=5), np.array([2, 0, 1])),
     lambda: ActuatorInversion(make("di_inv"), np.array([1.0, -1.0])),
     lambda: make("di_inv", horizon=math.inf, render_mode="rgb_array"),
-    lambda: RandomContext(gymnasium.make("aib/ode-v0"), {"c1": (2.0, 3.0)}),
-    lambda: AddContext(make("di_inv", mass=1.2)),
-    lambda: AddContext(RandomContext(make("cartpole_inv"), "eval_in"), key="c"),
+    lambda: AddContext(RandomContext(gymnasium.make("aib/ode-v0"), {"c1": (2.0, 3.0)})),
+    lambda: AddContext(RandomContext(make("cartpole_inv", length=1.2), "eval_in"), key="c"),
 ]
 
 
@@ -861,8 +831,10 @@ def test_environments_are_rebuilt_from_their_spec_as_json(wrapped):
 
 @each_environment
 def test_random_contexts_and_contexts_that_are_told(env_id):
+    """Both in float32, also where the observation is not."""
     contexts = context_sets(env_id)["eval_out"]
-    told = AddContext(RandomContext(gymnasium.make(f"aib/{env_id}-v0"), "eval_out"))
+    drawing = RandomContext(gymnasium.make(f"aib/{env_id}-v0"), "eval_out")
+    told = AddContext(gymnasium.wrappers.DtypeObservation(drawing, np.float64))
     keyed = RandomContext(AddContext(make(env_id), key="context"), contexts)
     drawn = []
     for seed in (3, *[None] * 7):
@@ -891,18 +863,10 @@ def test_ranges_are_drawn_from_uniformly_and_apart_from_the_state():
     assert abs(np.corrcoef(starts, drawn)[0, 1]) < 0.1
 
 
-def test_a_told_context_keeps_the_type_of_its_space():
-    env = AddContext(gymnasium.wrappers.DtypeObservation(make("di_inv"), np.float64))
-    assert env.reset(seed=0)[0] in env.observation_space
-
-
-@pytest.mark.parametrize("told", [False, True])
-def test_stable_baselines3_trains(told):
+def test_stable_baselines3_trains():
     """The example of the README, with fewer steps."""
     sb3 = pytest.importorskip("stable_baselines3", reason="Stable-Baselines3 is not installed")
-    env = RandomContext(make("cartpole_inv"))
-    if told:
-        env = AddContext(env)
+    env = AddContext(RandomContext(make("cartpole_inv")))
     model = sb3.SAC("MlpPolicy", env, learning_starts=20, batch_size=8, seed=0).learn(30)
     assert np.isfinite(model.predict(env.reset()[0])[0]).all()
 
@@ -931,7 +895,7 @@ class Motor(aib_envs.ODE):
 GAIN = ContextDim("gain", 1.0, (0.5, 1.5), (0.1, 2.0))
 
 
-def test_register_an_environment_of_one_s_own(registered):
+def test_register_an_environment_of_one_s_own():
     register("motor", Motor, [GAIN, ACTION_FACTOR], 50, "overlapping", K=10, steps=500)
     spec = aib_envs.ENVS["motor"]
     assert (spec.K, spec.steps, spec.horizon, spec.kind) == (10, 500, 50, "overlapping")
@@ -943,11 +907,12 @@ def test_register_an_environment_of_one_s_own(registered):
     assert make_vec("motor", 20, contexts="eval_in").reset(seed=0)[0].shape == (20, 1)
 
 
-def refused_row(text, cls=Motor, context=(GAIN,), horizon=50, **more):
-    with refused("environment 'motor': ") as error:
-        register("motor", cls, context, horizon, **more)
+def refused_row(text, cls=Motor, context=(GAIN,), horizon=50, env_id="motor", **more):
+    before = dict(aib_envs.ENVS)
+    with refused(f"environment {env_id!r}: ") as error:
+        register(env_id, cls, context, horizon, **more)
     assert text in str(error.value)
-    assert "motor" not in aib_envs.ENVS and "aib/motor-v0" not in gymnasium.registry
+    assert aib_envs.ENVS == before and f"aib/{env_id}-v0" not in gymnasium.registry
 
 
 def refused_class(text, **parts):
@@ -958,7 +923,7 @@ def refused_dim(text, name="gain", train=(0.5, 1.5), extrapolation=(0.1, 2.0), *
     refused_row(text, context=[ContextDim(name, 1.0, train, extrapolation, **more)])
 
 
-def test_register_says_what_is_wrong_with_a_class(registered):
+def test_register_says_what_is_wrong_with_a_class():
     sizes = {"d_s": 2, "d_a": 1, "state_size": 2}
     missing = "advance, initial_state, picture, reward, dt"
     refused_row(f"Empty has no {missing}", type("Empty", (aib_envs.Task,), sizes))
@@ -971,15 +936,9 @@ def test_register_says_what_is_wrong_with_a_class(registered):
     refused_row("Single has no two actuators", single, [GAIN, SWAP])
 
 
-@pytest.mark.parametrize("env_id", ["", "x:di_inv", "a b", "x\ny", None])
-def test_an_id_that_is_no_name_is_refused(env_id):
-    before = dict(aib_envs.ENVS)
-    with refused(f"environment {env_id!r}: must be letters, digits, - and _"):
-        aib_envs.register(env_id, aib_envs.ODE, aib_envs.coefficients(2), 50)
-    assert aib_envs.ENVS == before
-
-
-def test_register_says_what_means_nothing_in_a_row(registered):
+def test_register_says_what_means_nothing_in_a_row():
+    for env_id in ("", "x:di_inv", "a b", "x\ny", None):
+        refused_row("must be letters, digits, - and _", env_id=env_id)
     for wrong in (0, 30.5, True):
         refused_row(f"horizon={wrong!r}: must be a whole number of at least 1", horizon=wrong)
     refused_row("K=0: must be a whole number", K=0)
@@ -999,7 +958,7 @@ def test_register_says_what_means_nothing_in_a_row(registered):
         refused_dim(f"context {name!r}: the name is reserved, or no identifier", name=name)
 
 
-def test_actions_are_multiplied_then_swapped_then_clipped(registered):
+def test_actions_are_multiplied_then_swapped_then_clipped():
     """What three actuators get of one action."""
 
     class Three(Motor):
@@ -1012,16 +971,16 @@ def test_actions_are_multiplied_then_swapped_then_clipped(registered):
     sign_z = ContextDim("sign_z", 1.0, (-1.0, 1.0))
     dims = [SWAP, ACTION_FACTOR, aib_envs.SIGN_X, aib_envs.SIGN_Y, sign_z]
     register("three", Three, dims, 50)
-    cases = [
-        ({"sign_y": -1, "sign_z": -1}, [0.1, -0.2, -0.3]),
-        ({"swap": 1, "sign_x": -1}, [0.2, -0.1, 0.3]),
-        ({"action_factor": -5, "sign_x": -1}, [0.5, -1.0, -1.0]),
+    contexts = [
+        {"sign_y": -1, "sign_z": -1},
+        {"swap": 1, "sign_x": -1},
+        {"action_factor": -5, "sign_x": -1},
     ]
-    contexts, pushes = zip(*cases)
     envs = VectorEnv("three", contexts, seed=0)
     envs.reset()
     envs.step([[0.1, 0.2, 0.3]] * 3)
-    assert envs.task.pushes.tolist() == list(pushes)
+    pushes = [[0.1, -0.2, -0.3], [0.2, -0.1, 0.3], [0.5, -1.0, -1.0]]
+    assert envs.task.pushes.tolist() == pushes
 
 
 MODULE = """
@@ -1032,7 +991,7 @@ aib_envs.register("mine", Mine, [aib_envs.MASS], 50)
 """
 
 
-def test_an_id_belongs_to_its_module(registered, tmp_path, monkeypatch):
+def test_an_id_belongs_to_its_module(tmp_path, monkeypatch):
     """Found in the current folder; another class under the same id is refused, in one line."""
     (tmp_path / "mod_a.py").write_text(MODULE.format(dt=0.1))
     (tmp_path / "mod_b.py").write_text(MODULE.format(dt=0.2))
@@ -1055,7 +1014,7 @@ def test_an_id_belongs_to_its_module(registered, tmp_path, monkeypatch):
         make("mod_c:mine")
 
 
-def test_an_environment_of_a_module_lives_in_a_spawned_worker(registered, tmp_path, monkeypatch):
+def test_an_environment_of_a_module_lives_in_a_spawned_worker(tmp_path, monkeypatch):
     """The worker has only the spec, and finds the module by it."""
     (tmp_path / "mod_spawn.py").write_text(MODULE.format(dt=0.1))
     monkeypatch.chdir(tmp_path)
@@ -1079,11 +1038,10 @@ def test_any_environment_of_gymnasium_has_hidden_actuators():
     plain.reset(seed=int(seed))
     for factor, action in ((1, 0.6), (-1, 0.8), (-1, 2.0)):
         env.set_context(action_factor=factor)
-        s2, r, _, _, info = env.step([action])
+        s2, r, *_ = env.step([action])
         # Half of the largest torque, which is 2.
         expected, reward, *_ = plain.step(np.float32([factor * min(action, 1)]))
         assert_allclose([*s2, r], [*expected, reward], rtol=1e-5, atol=1e-6)
-        assert info["context"] == {"actuator_strength": 0.5, "action_factor": factor}
     envs = VectorEnv(env_id, [{}, {"action_factor": -1}], seed=0)
     envs.rngs = [np.random.default_rng(7) for _ in range(2)]
     envs.reset()
@@ -1091,7 +1049,7 @@ def test_any_environment_of_gymnasium_has_hidden_actuators():
     assert_same(first, second)
 
 
-def test_an_environment_of_gymnasium_ends_by_its_horizon_alone(registered):
+def test_an_environment_of_gymnasium_ends_by_its_horizon_alone():
     """A reset unasked for would be stored as dynamics."""
 
     def ending():
@@ -1132,30 +1090,3 @@ def test_terminal_states_of_gymnasium_s_mujoco_tasks_are_told():
     pytest.importorskip("imageio", reason="Gymnasium's MuJoCo tasks do not load without it")
     with refused("InvertedPendulum-v5 has terminal states", BadEnvironment):
         make("gymnasium:InvertedPendulum-v5")
-
-
-# --------------------------------------------------------------------------------------------------
-# The package
-# --------------------------------------------------------------------------------------------------
-
-
-def test_installing_takes_two_modules_and_no_torch():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
-    project = tomllib.loads((HERE / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["py-modules"] == ["aib_envs", "dmash"]
-    needed = project["project"]["dependencies"]
-    assert sorted(re.split("[<>=]", text)[0] for text in needed) == ["gymnasium", "mujoco", "numpy"]
-    (torch,) = project["project"]["optional-dependencies"]["train"]
-    assert torch.startswith("torch>=")
-    assert f"gymnasium=={gymnasium.__version__}\n" in (HERE / "requirements.txt").read_text()
-
-
-def test_both_files_compile_in_every_python_that_is_here():
-    folders = [*os.get_exec_path(), *Path.home().glob(".pyenv/versions/*/bin")]
-    code = "import ast, sys; [ast.parse(open(file, 'rb').read()) for file in sys.argv[1:]]"
-    for folder in folders:
-        for python in Path(folder).glob("python3.1[0-9]"):
-            if "shims" not in python.parts:
-                subprocess.run(
-                    [python, "-c", code, HERE / "dmash.py", HERE / "aib_envs.py"], check=True
-                )
