@@ -208,7 +208,8 @@ class DmControl:
             self.env = suite.load(domain, task, {"random": 0})
         self.physics = self.env.physics
         set_fields(self.physics.model, context)
-        self.context, self.target = context, np.zeros(0)
+        self.context = context
+        self.target = np.zeros(0)
         if domain == "reacher":
             self.target = self.physics.named.model.geom_pos["target"][:2]  # a view
         self.env.reset()
@@ -264,8 +265,10 @@ def test_steps_equal_the_reference(env_id):
     ends = [dim.train + (dim.extrapolation or ()) for dim in dims_of(env_id)]
     for i, values in enumerate([default.values(), *itertools.product(*ends)]):
         context = dict(zip(default, values))
-        env, reference = started(env_id, i, **context), REFERENCES[env_id](env_id, context)
-        task, rng = env.task, np.random.default_rng(i)
+        env = started(env_id, i, **context)
+        reference = REFERENCES[env_id](env_id, context)
+        task = env.task
+        rng = np.random.default_rng(i)
         for k in range(40):
             start = start_of(task)
             if k % 20 == 10:  # far from where an episode leads
@@ -285,8 +288,10 @@ def test_steps_equal_the_reference(env_id):
 def test_resets_are_distributed_as_in_the_reference(env_id):
     """The Kolmogorov-Smirnov test of each entry of state and target, and the support."""
     stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
-    env, reference = started(env_id), REFERENCES[env_id](env_id, default_of(env_id))
-    ours, theirs = [], []
+    env = started(env_id)
+    reference = REFERENCES[env_id](env_id, default_of(env_id))
+    ours = []
+    theirs = []
     for _ in range(2000):
         env.reset()
         reference.env.reset()
@@ -364,7 +369,8 @@ def test_the_table_in_the_docstring_is_true_and_printed():
     printed = subprocess.run(PRINT, capture_output=True, text=True).stdout
     assert printed == aib_envs.__doc__ + "\n"
     lines = [" ".join(line.split()) for line in printed.splitlines()]
-    table, first_in = dict(aib_envs.ENVS), {}
+    table = dict(aib_envs.ENVS)
+    first_in = {}
     for k in range(1, 21):
         expected = dataclasses.replace(table["ode"], context=tuple(coefficients(k)))
         assert table.pop(f"ode_{k}") == expected
@@ -401,11 +407,14 @@ def test_output_that_nobody_takes():
 @each_environment
 def test_an_episode_by_the_conventions(env_id):
     """Its twin shows that actions are clipped, and that pictures leave the physics alone."""
-    horizon, context = aib_envs.ENVS[env_id].horizon, context_sets(env_id)["train"][6]
-    env, twin = make(env_id, render_mode="rgb_array", **context), started(env_id, 3, **context)
+    horizon = aib_envs.ENVS[env_id].horizon
+    context = context_sets(env_id)["train"][6]
+    env = make(env_id, render_mode="rgb_array", **context)
+    twin = started(env_id, 3, **context)
     assert twin.render() is None
     s, info = env.reset(seed=3)
-    first, picture = s.copy(), env.render()
+    first = s.copy()
+    picture = env.render()
     seen = []
     for t, action in enumerate(np.random.default_rng(0).uniform(-3, 3, (horizon, env.task.d_a))):
         env.state()[:] = 0  # a copy
@@ -416,7 +425,7 @@ def test_an_episode_by_the_conventions(env_id):
         assert env_id.endswith("gym") or 0 <= r <= 1
         assert not terminated and truncated == (t == horizon - 1)
         seen.append(s2)
-        if t % 500 == 30:
+        if t == 30:
             last = env.render()
     assert (np.ptp(seen, axis=0) > 0).all()  # No element is constant.
     assert np.ptp(picture) > 0 and not np.array_equal(picture, last)
@@ -445,7 +454,8 @@ BOUNDS = {
 @pytest.mark.parametrize("env_id", BOUNDS)
 def test_bounds_of_observations_are_true(env_id):
     """Those of the physics, else infinite: wild states of large velocities stay inside them."""
-    env, rng = started(env_id), np.random.default_rng(0)
+    env = started(env_id)
+    rng = np.random.default_rng(0)
     space = env.observation_space
     assert_array_equal(space.high, np.float32(BOUNDS[env_id]))
     assert_array_equal(space.low, -space.high)
@@ -473,11 +483,13 @@ def test_context_switches_keep_the_state_or_rebuild(env_id):
     """As a fresh environment of the new context, from the same state or from the same seed. The
     task of the old context is left alone."""
     new = context_sets(env_id, n=2)["eval_out"][1]
-    env, fresh = started(env_id), make(env_id, **new)
+    env = started(env_id)
+    fresh = make(env_id, **new)
     action = np.full(env.task.d_a, 0.5)
     for _ in range(5):
         env.step(action)
-    task, start = env.task, start_of(env.task)
+    task = env.task
+    start = start_of(task)
     env.set_context(**new)
     fresh.reset(options=start)
     assert_same(env.state(), start["state"])
@@ -491,7 +503,8 @@ def test_context_switches_keep_the_state_or_rebuild(env_id):
 
 def test_a_picture_shows_lines_and_discs_where_they_are():
     """A pixel is coloured where its distance from the line is at most the radius."""
-    start, end = np.array([-0.5, -0.2]), np.array([0.3, 0.6])
+    start = np.array([-0.5, -0.2])
+    end = np.array([0.3, 0.6])
     view = aib_envs.View(np.array([0.1, 0.2]), 2.0)
     picture = aib_envs.draw(view, [aib_envs.Shape(start, end, 0.2, aib_envs.RED)], size=40)
     places = np.linspace(start, end, 2001)
@@ -783,7 +796,8 @@ def test_a_vector_wrapper_of_gymnasium_works():
 
 def test_actuator_wrappers_on_any_environment():
     """As the environment inside, with the action changed. What was given is not kept."""
-    signs, order = np.array([1.0, -1.0]), np.array([1, 0])
+    signs = np.array([1.0, -1.0])
+    order = np.array([1, 0])
     cases = [
         (ActuatorInversion(gymnasium.make("Pendulum-v1"), -1), [0.7], [-0.7]),
         (ActuatorInversion(make("di_inv"), signs), [0.2, 0.8], [0.2, -0.8]),
@@ -847,7 +861,8 @@ def test_random_contexts_and_contexts_that_are_told(env_id):
 def test_ranges_are_drawn_from_uniformly_and_apart_from_the_state():
     """Of one seed each, starts and contexts are not correlated. What is not named stays as it was
     when the environment was wrapped."""
-    env, pairs = RandomContext(make("ode", c1=2), {"c0": (-1, 3)}), []
+    env = RandomContext(make("ode", c1=2), {"c0": (-1, 3)})
+    pairs = []
     assert env.reset(options={"context": {"c1": 4}})[1]["context"]["c1"] == 4
     for seed in range(1000):
         s, info = env.reset(seed=seed)
@@ -997,9 +1012,7 @@ def test_an_id_belongs_to_its_module(tmp_path, monkeypatch):
     for _ in range(2):
         with refused("'mine': belongs to Mine of the module mod_a"):
             make("mod_b:mine")
-    mine = make("mine")
-    assert type(mine.task).__module__ == "mod_a"
-    assert mine.spec.kwargs["env_id"] == "mod_a:mine"
+    assert type(make("mine").task).__module__ == "mod_a"
     with refused("'di_inv': belongs to DoubleIntegrator of the module aib_envs"):
         make("mod_table:di_inv")
     with refused("di_inv belongs to the module aib_envs"):
@@ -1029,7 +1042,8 @@ def test_any_environment_of_gymnasium_has_hidden_actuators():
     env_id = "gymnasium:Pendulum-v1"
     spec = aib_envs.lookup(env_id)
     assert (spec.K, spec.steps, spec.horizon) == (24, 100_000, 200)
-    env, plain = started(env_id, 7, actuator_strength=0.5), gymnasium.make("Pendulum-v1")
+    env = started(env_id, 7, actuator_strength=0.5)
+    plain = gymnasium.make("Pendulum-v1")
     seed = np.random.default_rng(7).integers(2**31)
     plain.reset(seed=int(seed))
     for factor, action in ((1, 0.6), (-1, 0.8), (-1, 2.0)):
