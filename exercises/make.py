@@ -95,7 +95,7 @@ def stub(source, name):
     Signatures, docstrings and the numbered lines of an algorithm stay.
     """
     lines = source.split("\n")
-    nodes = list(ast.walk(find(source, name)))
+    nodes = ast.walk(find(source, name))
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     for function in reversed(functions):  # the last one first, so that line numbers stay true
         first = function.body[0]
@@ -119,7 +119,8 @@ def plant(source, bug):
 
 
 def make_stubs(names, out):
-    source, tests = read(ROOT), []
+    source = read(ROOT)
+    tests = []
     for name in names:
         source = stub(source, name)
         tests += [f"{out}/test_dmash.py::{test}" for test in STUBS[name]]
@@ -162,10 +163,10 @@ def run_tests(task, source, timeout):
         place = Path(folder) / "marked"
         hand_out(place, source, "test_dmash.py")
         command = [sys.executable, "-m", "pytest", "--junitxml=report.xml", *tests]
-        options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=timeout)
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         try:
-            subprocess.run(command, cwd=place, env=one_thread, **options)
+            subprocess.run(command, cwd=place, env=one_thread, timeout=timeout, **silent)
             suite = ElementTree.parse(place / "report.xml").find("testsuite")
         except (subprocess.TimeoutExpired, OSError):  # a process that crashed wrote no report
             return {}
@@ -192,14 +193,14 @@ def mark(folder, task, timeout):
     cases = run_tests(task, source, timeout)
     if not cases:
         return 0, "crashed, left, or took too long"
-    failed = [case for case, passed in cases.items() if not passed]
-    reason = failed[0] if failed else ""
-    return len(cases) - len(failed), reason
+    reason = next((case for case, passed in cases.items() if not passed), "")
+    return sum(cases.values()), reason
 
 
 def print_marks(folders, tasks, timeout, as_csv):
     """A row for each task of each folder. Returns the exit status: 0 if all tests pass."""
-    writer, status = csv.writer(sys.stdout, lineterminator="\n"), 0
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    status = 0
 
     def show(*row):
         if as_csv:
