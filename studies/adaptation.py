@@ -58,35 +58,25 @@ def switch(rollout):
     rollout.replay.c = torch.tensor([list(context.values()) for context in envs.task.contexts])
 
 
-class ShortReplay(dmash.Replay):
-    """Its latest windows hold the last `keep` of K transitions, and zeros for the others."""
+class ShortRollout(dmash.Rollout):
+    """In its window, all but the last `keep` of the K transitions are zeros."""
 
-    def __init__(self, plain, keep):
-        sizes = plain.capacity, plain.d_s, plain.d_a, plain.K, plain.L
-        super().__init__(plain.c, *sizes)
-        self.keep = keep
-
-    def latest(self, noisy):
-        tau = super().latest(noisy)
-        if tau is None:
-            return None
-        return tau * read(self.K, self.L, self.keep).unsqueeze(-1)
+    def step(self, random=False):
+        replay = self.replay  # with room for K
+        age = (replay.t - 1 - torch.arange(replay.K)) % replay.K  # of each row; the last one's is 0
+        replay.rows[age >= self.keep] = 0
+        return super().step(random)
 
 
-def read(K, L, keep):
-    """Which of the L window positions that are read are among the last `keep` of K, (L,)."""
-    return dmash.subsample(1, K, L, noisy=False)[0] >= K - keep
-
-
-def rewards(agent, contexts, warm_up=True, keep=None, after=None):
+def rewards(agent, contexts, warm_up=True, keep=math.inf, after=None):
     """Rewards (T // 2, N) of the first half of an episode.
 
     after "switch": of the second half, which begins with a switch. after "twin": the window, too,
     then is of the new context. The mirror image of a context stands half of `contexts` away.
     """
     envs = aib_envs.VectorEnv(agent.cfg.env, contexts, seed=[agent.cfg.seed, 2])
-    rollout = dmash.Rollout(agent, envs, noisy=False)
-    rollout.replay = ShortReplay(rollout.replay, agent.cfg.K if keep is None else keep)
+    rollout = ShortRollout(agent, envs, noisy=False)
+    rollout.keep = keep
     rollout.begin_episode(warm_up)
     found = half_an_episode(rollout)
     if after is None:
@@ -151,14 +141,24 @@ def study(agent):
             modes[f"{dim.name}={value:g}"] = np.isclose(values, value)
         for mode, which in modes.items():
             mean, ref = found[:, which].mean(1), reference[:, which].mean(1)
-            row = {"method": cfg.method, "seed": cfg.seed, "step": agent.step}
-            row |= {"question": question, "mode": mode, "k": k, "read": ""}
-            row |= {"reward": float(mean.mean()), "reference": float(ref.mean())}
-            row |= {"lost": float((ref - mean).sum()), "steps": ""}
+            row = {
+                "method": cfg.method,
+                "seed": cfg.seed,
+                "step": agent.step,
+                "question": question,
+                "mode": mode,
+                "k": k,
+                "read": "",
+                "reward": float(mean.mean()),
+                "reference": float(ref.mean()),
+                "lost": float((ref - mean).sum()),
+                "steps": "",
+            }
             if question != "window":
                 row["steps"] = steps_to(mean, ref)
             elif agent.g is not None:
-                row["read"] = int(read(cfg.K, cfg.L, k).sum())
+                places = dmash.subsample(1, cfg.K, cfg.L, noisy=False)
+                row["read"] = int((places >= cfg.K - k).sum())
             rows.append(row)
     return rows
 

@@ -19,11 +19,9 @@ Losses are means over the batch, so the rows of ∇_z are of the size of 1/B. ξ
 and head. Where each network has its own hypernetwork (dma_star_h), η is the policy's. No two losses
 share it, so the cosines are empty. Without any hypernetwork all of η is empty.
 
-The second command takes seconds. It draws the tables of such runs and prints the numbers of the
-last step that all of them have.
+The second command takes seconds. It draws the tables of such runs.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -146,19 +144,16 @@ class ShadowRun(dmash.Run):
 
 
 def read(folder):
-    """The method, the name in the legend, and the rows of its gradients.csv by their steps."""
+    """The run in a folder, and the rows of its gradients.csv."""
     rows = reader.read_table(folder / "gradients.csv", ("step", "E_z_pi", "Var_z_pi"), texts=())
     if not rows:
         raise dmash.BadInput(f"{folder}: gradients.csv has no rows yet")
-    with dmash.reading(folder / "config.json"):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        name = "{method}, {env}, seed {seed}".format(**config)
-    return reader.paper_name(config["method"]), name, {row["step"]: row for row in rows}
+    return reader.read_run(folder), rows
 
 
 def column(rows, name):
     """nan where it is blank."""
-    return np.array([row.get(name, math.nan) for row in rows.values()])
+    return np.array([row.get(name, math.nan) for row in rows])
 
 
 def figure(runs):
@@ -178,9 +173,10 @@ def figure(runs):
             ax.set_ylim(-1, 1)
         else:
             ax.set_yscale("log")
-        for method, label, rows in runs:
-            x, y = list(rows), column(rows, name)
-            look = style(method) | {"label": label}
+        for run, rows in runs:
+            x, y = column(rows, "step"), column(rows, name)
+            look = style(reader.paper_name(run.method))
+            look["label"] = f"{run.method}, {run.env}, seed {run.seed}"
             ax.plot(x, y, **look)
             if band:
                 std = np.sqrt(column(rows, f"Var_{number}"))
@@ -191,18 +187,7 @@ def figure(runs):
 
 
 def draw(folders, out):
-    """Writes the figure; prints the numbers of the last step that all runs have."""
     runs = [read(folder) for folder in reader.distinct(folders)]
-    common = set.intersection(*[set(rows) for _, _, rows in runs])
-    if common:
-        last = max(common)
-        print(f"{f'step {last:,.0f}':<12}" + "  ".join(label for _, label, _ in runs))
-        for name in PANELS:
-            cells = []
-            for _, label, rows in runs:
-                value = rows[last].get(name, math.nan)
-                cells.append(f"{value:<{len(label)}.3g}")
-            print(f"{name:<12}" + "  ".join(cells))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure(runs).savefig(out, dpi=110)
 

@@ -23,7 +23,7 @@ without masks. These are the quantities:
     undone              cosine between the policy's actions in the first mode and its actions in
                         the second mode with their signs flipped or their dimensions swapped back.
                         It is 1 if the same reaches the actuators.
-    return              in a set, at the last evaluation; or in `context` with ω from `other`
+    return              of an episode in `context` with ω from `other`
     return, own         with ω from the policy's own window, mean over the contexts of the table
     return, matching    with ω from another episode in the same context
     return, best        with ω from the best context: chosen in one half of the episodes, measured
@@ -43,7 +43,6 @@ from pathlib import Path
 import inside_figures
 import mutual_information
 import numpy as np
-import runs as reader
 import torch
 from runs import aib_envs, dmash
 
@@ -237,19 +236,6 @@ def with_best(returns):
     return (odd[c, even.argmax(1)].mean() + even[c, odd.argmax(1)].mean()) / 2
 
 
-def returns_of(path, step):
-    """The returns at a step by the metrics.csv of the run folder that a policy lies in, if any."""
-    folder = path if path.is_dir() else path.parent
-    if folder.name == "policies":
-        folder = folder.parent
-    file = folder / "metrics.csv"
-    if file.is_file():
-        for row in reader.read_table(file, ("step", *dmash.SETS), texts=()):
-            if row["step"] == step:
-                return {name: row[name] for name in dmash.SETS}
-    return {}
-
-
 # ---- The table of a run -------------------------------------------------------------------------
 
 
@@ -278,8 +264,6 @@ def look(path, agent, space, windows):
     """The rows of a run, and the figure of its codes, if it has any."""
     step, few = agent.step, space.few
     rows, figure = [], None
-    for which, value in returns_of(path, step).items():
-        rows += rows_of(step, which, {"return": value})
     if agent.g is not None:
         samples = {}
         for which in dmash.SETS:

@@ -3,10 +3,10 @@
     python studies/theory.py                    all of them; a minute or two on one thread
     python studies/theory.py a1 a6 --seed 2     some of them, with other random numbers
 
-The program prints numbers and writes them to theory.txt in --out, beside a figure of the first
-theorem, a1.png, which needs matplotlib. Theorems have the numbers of the paper's second version.
-The docstrings of a1, a2, a5, a6, a15 and a17 say what is claimed, built and measured, and when the
-claim holds. These functions return the numbers by what they are, and a figure or None.
+The program prints numbers, and writes a figure of the first theorem by matplotlib, a1.png in --out.
+Theorems have the numbers of the paper's second version. The docstrings of a1, a2, a5, a6, a15 and
+a17 say what is claimed, built and measured, and when the claim holds. These functions return the
+numbers by what they are, and a figure or None.
 """
 
 import sys
@@ -19,14 +19,10 @@ import torch
 import torch.nn as nn
 from figures import Figure
 from mutual_information import variability
+from runs import aib_envs, dmash
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
-
-TRAINED = ROOT / "results/agent"
+TRAINED = Path(__file__).resolve().parents[1] / "results/agent"
 
 # ---- What several theorems need -----------------------------------------------------------------
 
@@ -517,17 +513,15 @@ def run_command(args):
     seed = dmash.number("--seed", args.seed, int, 0, 4294967295)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # these tensors are small
-    text = ""
     for name in THEOREMS if "all" in args.names else args.names:
         torch.manual_seed(seed)
         numbers, figure = THEOREMS[name](seed)
-        lines = [f"    {what}: {show(x)}\n" for what, x in numbers.items()]
-        block = f"{name}\n{''.join(lines)}"
-        print(block, flush=True)
-        text += block + "\n"
+        print(name)
+        for what, x in numbers.items():
+            print(f"    {what}: {show(x)}")
+        print(flush=True)
         if figure is not None:
             figure.savefig(args.out / f"{name}.png", dpi=90)
-    (args.out / "theory.txt").write_text(text, encoding="utf-8")
 
 
 def main(argv=None):

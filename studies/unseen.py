@@ -14,8 +14,7 @@ command line is that of dmash.py, with four environments more: di_signs_without_
     eval_out    the pair left out, with the masses of eval_in
 
 RUNS are run folders, folders of these, or a folder with tables (results). `report` prints the mean
-return by method, over pairs and seeds, with its 95 % interval. unseen.csv has a row for each run,
-and unseen.png (by matplotlib) shows them all.
+return by method, over pairs and seeds, with its 95 % interval. unseen.csv has a row for each run.
 
 `beyond` varies one context value after the other, for each sign: from a quarter of the lower to
 four times the upper extrapolation limit. A sign's strength goes from 0 to twice the trained one.
@@ -33,7 +32,6 @@ from unittest import mock
 import compare
 import numpy as np
 import runs as reader
-from figures import Figure
 from runs import aib_envs, dmash, group
 
 LEFT_OUT = {
@@ -87,7 +85,7 @@ def labels_of(settings):
 
 
 def report(places, out):
-    """Prints the table of finished runs, and writes their returns and the figure."""
+    """Prints the table of finished runs, and writes their returns."""
     found = reader.read_runs(places)
     runs = [run for run in found if run.finished and run.env in LEFT_OUT]
     if not runs:
@@ -110,23 +108,6 @@ def report(places, out):
     head = ["method", "runs", "pairs left out", "three pairs: train", "eval_in"]
     print(compare.table([*head, "the pair left out: eval_out"], lines), end="")
     reader.write_table(out / "unseen.csv", rows)
-    draw_report(by_label).savefig(out / "unseen.png", dpi=110)
-
-
-def draw_report(by_label):
-    """Returns on the pairs trained on (open) and on the one left out (filled); bars are means."""
-    figure = Figure(figsize=(2 + 1.3 * len(by_label), 4), layout="constrained")
-    ax = figure.subplots()
-    for x, runs in enumerate(by_label.values()):
-        for middle, name, face in ((x - 0.2, "eval_in", "none"), (x + 0.2, "eval_out", "C0")):
-            values = [run.last(name) for run in runs]
-            places = middle + np.linspace(-0.1, 0.1, len(values))
-            ax.plot(places, values, "o", color="C0", markerfacecolor=face)
-            ax.hlines(np.mean(values), middle - 0.17, middle + 0.17, color="black", zorder=4)
-    ax.set_xticks(range(len(by_label)), by_label)
-    ax.set(ylim=(-3, 103), ylabel="return, of at most 100")
-    ax.set_title("open: three pairs trained on; filled: pair left out")
-    return figure
 
 
 # ---- Far beyond the ranges ----------------------------------------------------------------------
@@ -204,9 +185,8 @@ def panel_table(dim, rows):
 def beyond(paths, out):
     """Evaluates the policies, prints a table for each panel, and writes the returns."""
     policies = [dmash.load_policy(path) for path in reader.distinct(paths)]
-    of_envs = group(policies, lambda policy: policy[0].env)
-    tables = {env: evaluated(env, of_env) for env, of_env in of_envs.items()}
-    for env, rows in tables.items():
+    for env, of_env in group(policies, lambda policy: policy[0].env).items():
+        rows = evaluated(env, of_env)
         dims = {dim.name: dim for dim in aib_envs.lookup(env).context}
         for title, panel in group(rows, lambda row: row["panel"]).items():
             table = panel_table(dims[panel[0]["varied"]], panel)

@@ -1,6 +1,7 @@
-"""Lets the tests import the modules of the folder above."""
+"""Lets the tests import the modules of the folder above and of studies/."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "studies")]

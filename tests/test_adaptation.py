@@ -2,20 +2,15 @@
 
 import csv
 import math
-import sys
-from pathlib import Path
 
+import adaptation
 import numpy as np
 import pytest
 import torch
+from untrained import refusal, save_untrained, untrained
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "studies"))
-import adaptation  # noqa: E402
-from untrained import refusal, save_untrained, untrained  # noqa: E402
-
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+import aib_envs
+import dmash
 
 # ---- The switch ---------------------------------------------------------------------------------
 
@@ -27,67 +22,68 @@ def test_mirrored_is_the_other_mode_or_the_other_end_of_the_train_range():
 
 
 @pytest.mark.parametrize("env", ["di_inv", "cartpole_inv", "reacher_hard_perm"])
-@pytest.mark.parametrize("switches", [0, 1, 2])
-def test_switch_is_what_set_context_does_and_a_second_one_undoes_it(env, switches):
-    agent = untrained("concat", env)
+def test_switch_is_what_set_context_does_and_a_second_one_undoes_it(env):
     contexts = aib_envs.context_sets(env, 4)["train"]
     envs = aib_envs.VectorEnv(env, contexts, seed=0)
-    rollout = dmash.Rollout(agent, envs, noisy=False)
+    rollout = dmash.Rollout(untrained("concat", env), envs, noisy=False)
     rollout.begin_episode(warm_up=False)
-    rollout.step()
     single = aib_envs.make(env, **contexts[1])
     single.reset(options={"state": envs.task.state()[1]})
     if env.startswith("reacher"):
         single.task.target = envs.task.target[1:2].copy()
-    for _ in range(switches):
+    for context in (adaptation.mirrored(env, contexts[1]), contexts[1]):
         adaptation.switch(rollout)
-    if switches == 1:
-        single.set_context(**adaptation.mirrored(env, contexts[1]))
-    assert rollout.replay.c[1].tolist() == pytest.approx(list(single.context.values()))
-    _, a, r, omega = rollout.step()
-    assert torch.equal(omega, rollout.replay.c)
-    s2, reward, *_ = single.step(a[1].numpy())
-    np.testing.assert_allclose(rollout.s[1], s2, rtol=1e-5, atol=1e-6)
-    assert r[1].item() == pytest.approx(reward, abs=1e-6)
+        single.set_context(**context)
+        _, a, r, omega = rollout.step()
+        assert omega[1].tolist() == pytest.approx(list(context.values()))
+        s2, reward, *_ = single.step(a[1].numpy())
+        np.testing.assert_allclose(rollout.s[1], s2, rtol=1e-5, atol=1e-6)
+        assert r[1].item() == pytest.approx(reward, abs=1e-6)
 
 
-def test_a_twin_has_the_window_of_its_mirror_image_and_the_state_of_the_switched(monkeypatch):
-    agent = untrained("dma_star_sh")
-    contexts = aib_envs.context_sets("di_inv", 4)["train"]
-    contexts += [adaptation.mirrored("di_inv", context) for context in contexts]
-    step = dmash.Rollout.step
+# ---- What is seen after a switch, and in short windows ------------------------------------------
+
+K = 24  # of di_inv; an episode has 100 steps
+CONTEXTS = aib_envs.context_sets("di_inv", 4)["train"]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Of each step of the rollouts to come: the window and the transition."""
     seen = []
+    step = dmash.Rollout.step
 
-    def spy(rollout, random=False):
-        seen.append((rollout.s, rollout.replay.latest(noisy=False)))
-        return step(rollout, random)
+    def noting(rollout, random=False):
+        tau = rollout.replay.latest(noisy=False)
+        s, a, r, omega = step(rollout, random)
+        seen.append((tau, (s, a, r, rollout.s)))
+        return s, a, r, omega
 
-    monkeypatch.setattr(dmash.Rollout, "step", spy)
+    monkeypatch.setattr(dmash.Rollout, "step", noting)
+    return seen
+
+
+def test_a_twin_has_the_window_of_its_mirror_image_and_the_state_of_the_switched(seen):
+    agent = untrained("dma_star_sh")
+    contexts = CONTEXTS + [adaptation.mirrored("di_inv", context) for context in CONTEXTS]
     for after in ("switch", "twin"):
         assert adaptation.rewards(agent, contexts, after=after).shape == (50, 8)
-    first = agent.cfg.K + 50  # step after the switch; an episode has 100
-    (s, tau), (s_twin, tau_twin) = seen[first], seen[agent.cfg.K + 100 + first]
+    tau, (s, *_) = seen[K + 50]
+    tau_twin, (s_twin, *_) = seen[K + 100 + K + 50]
     assert torch.equal(s, s_twin)
     assert torch.equal(tau[[4, 5, 6, 7, 0, 1, 2, 3]], tau_twin)
     assert not torch.equal(tau, tau_twin)
 
 
-# ---- Short windows ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("keep", [0, 1, 7, 24])
-def test_a_short_window_is_that_of_a_replay_with_no_more_transitions(keep):
-    K, L, d_s, d_a = 24, 4, 3, 2
-    few = dmash.Replay(torch.zeros(5, 1), K, d_s, d_a, K, L)
-    whole = adaptation.ShortReplay(few, keep)
-    for t in range(40):
-        transition = torch.randn(5, d_s), torch.randn(5, d_a), torch.randn(5), torch.randn(5, d_s)
-        whole.add(*transition)
-        if t >= 40 - keep:
-            few.add(*transition)
-    tau = whole.latest(noisy=False)
+@pytest.mark.parametrize("keep", [0, 1, 7, K])
+def test_a_short_window_is_that_of_a_replay_with_no_more_transitions(keep, seen):
+    agent = untrained("dma_star_sh")
+    adaptation.rewards(agent, CONTEXTS, keep=keep)
+    *before, (tau, _) = seen
+    few = dmash.Replay(torch.zeros(4, 2), K, 4, 2, K, agent.cfg.L)
+    for _, transition in before[len(before) - keep :]:
+        few.add(*transition)
     assert torch.equal(tau, few.latest(noisy=False))
-    assert adaptation.read(K, L, keep).sum() == (tau[0] != 0).any(-1).sum()
 
 
 @pytest.mark.parametrize(
@@ -112,8 +108,9 @@ def test_a_table_in_which_the_controls_lose_nothing(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
     rows = list(csv.DictReader((out / "adaptation.csv").read_text().splitlines()))
     assert {row["mode"] for row in rows} == {"all", "action_factor=-1", "action_factor=1"}
-    ks = [row["k"] for row in rows if row["method"] == "dma_star_sh" and row["mode"] == "all"]
-    assert ks == ["", "", "0", "2", "4", "8", "16", "24"]
+    windows = [row for row in rows if row["method"] == "dma_star_sh" and row["mode"] == "all"][2:]
+    assert [row["k"] for row in windows] == ["0", "2", "4", "8", "16", "24"]
+    assert [row["read"] for row in windows] == ["0", "1", "1", "1", "2", "4"]  # of 0, 7, 15, 23
     for row in rows:
         lost = float(row["lost"])
         if row["method"] != "dma_star_sh":

@@ -1,18 +1,14 @@
 """Tests of studies/film.py, with small agents that were never trained."""
 
-import sys
-
+import film
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from untrained import ROOT, refusal, save_untrained, untrained
+from untrained import refusal, save_untrained, untrained
 
-sys.path.insert(0, str(ROOT / "studies"))
-import film  # noqa: E402
-
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+import aib_envs
+import dmash
 
 
 def test_outline_is_at_the_radius_from_the_line():

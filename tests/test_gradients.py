@@ -3,17 +3,14 @@
 import copy
 import csv
 import statistics
-import sys
 
+import gradients
 import numpy as np
 import pytest
 import torch
-from untrained import ROOT, SMALL, refusal
+from untrained import SMALL, refusal
 
-sys.path.insert(0, str(ROOT / "studies"))
-import gradients  # noqa: E402
-
-import dmash  # noqa: E402
+import dmash
 
 SETTINGS = SMALL | dict(env="di_inv", random_steps=30, rollouts=1)
 
@@ -139,7 +136,7 @@ def test_gradients_of_z_against_finite_differences(case):
 
 
 @pytest.mark.parametrize("method", ADAPTED)
-def test_a_row_per_evaluation_of_the_updates_before_it(method, tmp_path, monkeypatch, capsys):
+def test_a_row_per_evaluation_of_the_updates_before_it(method, tmp_path, monkeypatch):
     seen = []
     plain = gradients.shadow
 
@@ -165,12 +162,8 @@ def test_a_row_per_evaluation_of_the_updates_before_it(method, tmp_path, monkeyp
             assert (row[f"E_{name}"], row[f"Var_{name}"]) == (mean, variance)
 
     picture = tmp_path / "new" / "a.png"
-    capsys.readouterr()
     run = f"{tmp_path}/di_inv__{method}__s1"
     assert gradients.main(["draw", run, "--out", str(picture)]) == 0
-    head, first, *_ = capsys.readouterr().out.splitlines()
-    assert head == f"step 12     {method}, di_inv, seed 1"
-    assert first.split() == ["E_z_pi", f"{float(rows[-1]['E_z_pi']):.3g}"]
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 

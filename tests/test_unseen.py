@@ -2,21 +2,15 @@
 
 import csv
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import unseen
+from test_compare import make_run
+from untrained import refusal
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "studies"))
-import runs as reader  # noqa: E402
-import unseen  # noqa: E402
-from test_compare import make_run  # noqa: E402
-from untrained import refusal  # noqa: E402
-
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+import aib_envs
+import dmash
 
 PM, MM = "di_signs_without_pm", "di_signs_without_mm"
 TINY = "--contexts 4 --batch 16 --threads 1 --hidden 32 --hyper-hidden 8 --bottleneck 4"
@@ -101,10 +95,6 @@ def test_report_by_hand(runs, tmp_path, capsys):
     rows = read(tmp_path / "unseen.csv")
     found = {(r["env"], r["seed"], r["eval_out"]) for r in rows if r["method"] == "concat"}
     assert found == {(MM, "1", "27"), (PM, "1", "47"), (PM, "2", "67")}
-    assert (tmp_path / "unseen.png").exists()
-    concat = [run for run in reader.read_runs([runs]) if run.method == "concat"]
-    (ax,) = unseen.draw_report({"Concat": concat}).axes
-    assert [list(line.get_ydata()) for line in ax.lines] == [[50, 70, 30], [47, 67, 27]]
 
 
 # ---- Far beyond the ranges ----------------------------------------------------------------------
