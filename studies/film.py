@@ -46,10 +46,6 @@ WORDS = {  # for the values of a context
     ("action_factor", -1): "inverted",
     ("swap", 0): "normal",
     ("swap", 1): "swapped",
-    ("sign_x", 1): "x normal",
-    ("sign_x", -1): "x inverted",
-    ("sign_y", 1): "y normal",
-    ("sign_y", -1): "y inverted",
 }
 
 

@@ -1,13 +1,12 @@
 """Tests of studies/adaptation.py, with small agents that were never trained."""
 
-import csv
 import math
 
 import adaptation
 import numpy as np
 import pytest
 import torch
-from untrained import refusal, save_untrained, untrained
+from untrained import refusal, save_untrained, succeed, table, untrained
 
 import aib_envs
 import dmash
@@ -45,22 +44,6 @@ def test_switch_is_what_set_context_does_and_a_second_one_undoes_it(env):
 
 K = 24  # of di_inv; an episode has 100 steps
 CONTEXTS = aib_envs.context_sets("di_inv", 4)["train"]
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """Of each step of the rollouts to come: the window and the transition."""
-    seen = []
-    step = dmash.Rollout.step
-
-    def noting(rollout, random=False):
-        tau = rollout.replay.latest(noisy=False)
-        s, a, r, omega = step(rollout, random)
-        seen.append((tau, (s, a, r, rollout.s)))
-        return s, a, r, omega
-
-    monkeypatch.setattr(dmash.Rollout, "step", noting)
-    return seen
 
 
 def test_a_twin_has_the_window_of_its_mirror_image_and_the_state_of_the_switched(seen):
@@ -103,10 +86,10 @@ def test_steps_to_counts_until_the_moving_mean_stays_at_95_percent(found, expect
 
 def test_a_table_in_which_the_controls_lose_nothing(tmp_path, capsys):
     out = tmp_path / "out"
-    runs = [str(save_untrained(tmp_path, method)) for method in ("dma_star_sh", "dr", "concat")]
-    assert adaptation.main([*runs, "--out", str(out)]) == 0
+    runs = [save_untrained(tmp_path, method) for method in ("dma_star_sh", "dr", "concat")]
+    succeed(adaptation, *runs, "--out", out)
     assert len(capsys.readouterr().out.splitlines()) == 3
-    rows = list(csv.DictReader((out / "adaptation.csv").read_text().splitlines()))
+    rows = table(out / "adaptation.csv")
     assert {row["mode"] for row in rows} == {"all", "action_factor=-1", "action_factor=1"}
     windows = [row for row in rows if row["method"] == "dma_star_sh" and row["mode"] == "all"][2:]
     assert [row["k"] for row in windows] == ["0", "2", "4", "8", "16", "24"]

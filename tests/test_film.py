@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from untrained import refusal, save_untrained, untrained
+from untrained import refusal, save_untrained, succeed, untrained
 
 import aib_envs
-import dmash
 
 
 def test_outline_is_at_the_radius_from_the_line():
@@ -25,7 +24,7 @@ def test_a_film_shows_the_switch_and_holds_still(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(film, "STEPS", 6)
     run = save_untrained(tmp_path, "dma_star_sh")
     path = tmp_path / "new" / "film.gif"
-    assert film.main([str(run), "--out", str(path)]) == 0
+    succeed(film, run, "--out", path)
     said = capsys.readouterr().out
     assert "normal, mass 1: return" in said
     assert "then inverted, mass 1, ω frozen: " in said
@@ -53,7 +52,7 @@ def test_a_film_shows_the_switch_and_holds_still(tmp_path, monkeypatch, capsys):
 def test_a_film_of_an_agent_that_infers_nothing_has_two_columns_and_no_z(tmp_path, monkeypatch):
     monkeypatch.setattr(film, "STEPS", 2)
     path = tmp_path / "film.gif"
-    assert film.main([str(save_untrained(tmp_path, "dr")), "--out", str(path)]) == 0
+    succeed(film, save_untrained(tmp_path, "dr"), "--out", path)
     assert Image.open(path).size == (900, 540)
 
 
@@ -94,29 +93,27 @@ def test_omega_of_the_last_column_is_frozen_at_the_switch(method, monkeypatch):
     assert (inferred.a[:, :2] == frozen.a[:, :2]).all()
 
 
-def test_poles_start_tilted_and_are_pushed(monkeypatch):
+def test_poles_start_tilted_and_are_pushed(seen, monkeypatch):
     monkeypatch.setattr(film, "EVERY", 4)
-    seen = []
-    step = dmash.Rollout.step
+    puts = []
+    put = film.put
 
-    def noting(rollout, random=False):
-        before = rollout.envs.task.state(), rollout.s.numpy()
-        result = step(rollout, random)
-        seen.append((*before, rollout.envs.task.state()))
-        return result
+    def noting(rollout, state):
+        task = rollout.envs.task
+        before = task.state()
+        put(rollout, state)
+        after, s = task.state(), rollout.s.numpy()
+        puts.append((len(seen), after, after - before))
+        assert np.arctan2(s[:, 2], s[:, 1]) == pytest.approx(after[:, 1], abs=1e-6)
+        assert s[:, 4] == pytest.approx(after[:, 3], abs=1e-6)
 
-    monkeypatch.setattr(dmash.Rollout, "step", noting)
+    monkeypatch.setattr(film, "put", noting)
     contexts = film.both_contexts("cartpole_inv")
     film.shoot(untrained("dr", "cartpole_inv", K=2), contexts, 10)
-    before, s, after = map(np.array, zip(*seen[2:]))  # after the warm-up
-    assert (before[0] == film.START).all()
-    pushes = np.zeros((9, 2, 4))  # before all steps but the first
-    pushes[2] = film.PUSH
-    pushes[6] = -film.PUSH
-    assert before[1:] - after[:-1] == pytest.approx(pushes, abs=1e-9)
-    seen_angle = np.arctan2(s[..., 2], s[..., 1])
-    assert seen_angle == pytest.approx(before[..., 1], rel=1e-4, abs=1e-6)
-    assert s[..., 4] == pytest.approx(before[..., 3], rel=1e-4, abs=1e-6)
+    (t0, first, _), (t1, _, push), (t2, _, back) = puts
+    assert (t0, t1, t2) == (2, 2 + 3, 2 + 7)  # there are two steps of a warm-up
+    assert (first == film.START).all()
+    assert np.allclose([push, -back], film.PUSH, rtol=0)
 
 
 def test_without_modes_the_contexts_are_the_ends_of_the_train_range():

@@ -1,14 +1,12 @@
 """Tests of studies/gradients.py: short, and on small settings."""
 
-import copy
-import csv
 import statistics
 
 import gradients
 import numpy as np
 import pytest
 import torch
-from untrained import SMALL, refusal
+from untrained import SMALL, refusal, succeed, table
 
 import dmash
 
@@ -20,11 +18,6 @@ def train(folder, *words, **settings):
     settings = SETTINGS | dict(out=folder) | settings
     arguments = [f"{dmash.flag(name)}={value}" for name, value in settings.items()]
     return gradients.main([*arguments, *words])
-
-
-def table(folder, method="dma_star_sh"):
-    text = (folder / f"di_inv__{method}__s1" / "gradients.csv").read_text()
-    return list(csv.DictReader(text.splitlines()))
 
 
 def trained(kind, folder, steps, **settings):
@@ -77,16 +70,18 @@ def losses(agent, batch, move=0):
 
 
 def by_backward(agent, batch, name):
-    """A copy of the agent that holds the gradients of a loss, and that of z."""
-    agent = copy.deepcopy(agent)
+    """The gradients of a loss by z and by the parameters, flat and by name."""
+    agent.zero_grad()
     z, values = losses(agent, batch)
     z.retain_grad()
     values[name].backward()
-    return agent, z.grad.numpy()
+    tensors = {"z": z, **dict(agent.named_parameters())}
+    return {name: x.grad.flatten() for name, x in tensors.items() if x.grad is not None}
 
 
-def flat(parameters):
-    return np.concatenate([p.grad.numpy().ravel() for p in parameters])
+def part(gradients, *starts):
+    """Of the parameters whose names start so, as one vector."""
+    return np.concatenate([x for name, x in gradients.items() if name.startswith(starts)])
 
 
 def cosine(x, y):
@@ -100,19 +95,15 @@ ADAPTED = ["dma_star_sh", "dma_star_h"]
 def test_numbers_against_backward_without_the_stop_gradient(case):
     agent, batch, numbers = case
     assert all(p.grad is None for p in agent.parameters())
-    d, z_d = by_backward(agent, batch, "d")
-    pi, z_pi = by_backward(agent, batch, "pi")
-    Q, _ = by_backward(agent, batch, "Q")
-    own = [p for name, p in pi.pi.named_parameters() if "own" in name]
-    xi = [p for name, p in pi.pi.named_parameters() if "own" not in name]
-    vectors = {"z_pi": z_pi, "xi_pi": flat(xi), "z_d": z_d, "phi_d": flat(d.g.parameters())}
+    d, pi, Q = (by_backward(agent, batch, name) for name in ("d", "pi", "Q"))
+    vectors = {"z_pi": pi["z"], "xi_pi": part(pi, "pi.trunk", "pi.head")}
+    vectors |= {"z_d": d["z"], "phi_d": part(d, "g.")}
     cosines = {}
-    if own:
-        vectors["eta_pi"] = flat(own)
-    if pi.h is not None:
-        of_d, of_pi, of_Q = (flat(agent.h.parameters()) for agent in (d, pi, Q))
-        vectors["eta_pi"] = of_pi
-        cosines = {"cos_d_pi": cosine(of_d, of_pi), "cos_pi_Q": cosine(of_pi, of_Q)}
+    if agent.method.hypernetwork != "none":
+        vectors["eta_pi"] = part(pi, "h.", "pi.own")
+    if agent.method.hypernetwork == "shared":
+        cosines["cos_d_pi"] = cosine(part(d, "h."), part(pi, "h."))
+        cosines["cos_pi_Q"] = cosine(part(pi, "h."), part(Q, "h."))
     norms = {name: np.linalg.norm(vector) for name, vector in vectors.items()}
     assert numbers == pytest.approx(norms | cosines, rel=1e-9)
     assert 0 not in numbers.values()
@@ -122,14 +113,13 @@ def test_numbers_against_backward_without_the_stop_gradient(case):
 def test_gradients_of_z_against_finite_differences(case):
     """Through every ω that the loss uses: that of π and those of both critics."""
     agent, batch, numbers = case
-    slopes = {"pi": [], "d": []}
+    slopes = []  # of both losses
     for move in 1e-6 * torch.eye(16 * 8, dtype=torch.float64).unflatten(-1, (16, 8)):
         _, above = losses(agent, batch, move)
         _, below = losses(agent, batch, -move)
-        for name, values in slopes.items():
-            values.append((above[name] - below[name]).item() / 2e-6)
-    for name, values in slopes.items():
-        assert numbers[f"z_{name}"] == pytest.approx(np.linalg.norm(values), rel=1e-4)
+        slopes.append([(above[name] - below[name]).item() / 2e-6 for name in ("pi", "d")])
+    found = numbers["z_pi"], numbers["z_d"]
+    assert found == pytest.approx(np.linalg.norm(slopes, axis=0), rel=1e-4)
 
 
 # ---- The program --------------------------------------------------------------------------------
@@ -149,7 +139,8 @@ def test_a_row_per_evaluation_of_the_updates_before_it(method, tmp_path, monkeyp
     before = dmash.Run
     assert train(tmp_path, method=method, steps=12, eval_every=5) == 0
     assert dmash.Run is before
-    rows = table(tmp_path, method)
+    run = tmp_path / f"di_inv__{method}__s1"
+    rows = table(run / "gradients.csv")
     assert [(row["step"], row["updates"]) for row in rows] == [("5", "3"), ("10", "3"), ("12", "2")]
     assert len(seen) == 8
     for row, updates in zip(rows, (seen[:3], seen[3:6], seen[6:])):
@@ -161,15 +152,19 @@ def test_a_row_per_evaluation_of_the_updates_before_it(method, tmp_path, monkeyp
                 variance = f"{statistics.pvariance(values):.6g}"
             assert (row[f"E_{name}"], row[f"Var_{name}"]) == (mean, variance)
 
+    (curve,) = gradients.figure([gradients.read(run)]).axes[0].lines
+    points = [[float(row["step"]), float(row["E_z_pi"])] for row in rows]
+    assert curve.get_xydata().tolist() == points
     picture = tmp_path / "new" / "a.png"
-    run = f"{tmp_path}/di_inv__{method}__s1"
-    assert gradients.main(["draw", run, "--out", str(picture)]) == 0
-    assert picture.read_bytes()[:4] == b"\x89PNG"
+    succeed(gradients, "draw", run, "--out", picture)
+    assert picture.exists()
 
 
 def test_a_run_stopped_between_evaluations_has_the_rows_of_one_that_was_not(tmp_path, monkeypatch):
     settings = dict(steps=6, eval_every=3)
-    assert train(tmp_path / "whole", **settings) == 0
+    name = "di_inv__dma_star_sh__s1/gradients.csv"
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert train(whole, **settings) == 0
     plain = dmash.Run.gradient_step
 
     def stopping(run):
@@ -177,12 +172,12 @@ def test_a_run_stopped_between_evaluations_has_the_rows_of_one_that_was_not(tmp_
         if run.step == 5:
             run.on_signal(15, None)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(dmash.Run, "gradient_step", stopping)
-        assert train(tmp_path / "halves", **settings) == 128 + 15
-    assert [row["step"] for row in table(tmp_path / "halves")] == ["3"]
-    assert train(tmp_path / "halves", "--go-on", **settings) == 0
-    assert table(tmp_path / "halves") == table(tmp_path / "whole")
+    monkeypatch.setattr(dmash.Run, "gradient_step", stopping)
+    assert train(halves, **settings) == 128 + 15
+    monkeypatch.undo()
+    assert [row["step"] for row in table(halves / name)] == ["3"]
+    assert train(halves, "--go-on", **settings) == 0
+    assert table(halves / name) == table(whole / name)
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Tests of studies/inside.py and its estimators."""
 
-import csv
 import dataclasses
 import itertools
 import math
@@ -12,7 +11,8 @@ import mutual_information
 import numpy as np
 import pytest
 import torch
-from untrained import ROOT, refusal, save_untrained, untrained
+from runs import group
+from untrained import ROOT, refusal, save_untrained, succeed, table, untrained
 
 import aib_envs
 import dmash
@@ -74,13 +74,11 @@ def test_variability_and_its_parts():
 # ---- Codes, actions, the cross-table ------------------------------------------------------------
 
 
-def test_windows_are_those_of_their_context():
+def test_windows_are_those_of_their_context(seen):
     """In the double integrator a window tells its context: mass times sign = .1 a / δv."""
     agent = untrained("dma_star_sh", d_z=4)
-    windows = []
 
     def infer(tau, noisy, c=None):
-        windows.append(tau)
         ratios = 0.1 * tau[..., 4:6] / tau[..., 8:10]
         ratio = ratios.flatten(1).median(1).values
         return torch.stack([ratio.abs(), ratio.sign()] * 2, -1), None
@@ -93,31 +91,29 @@ def test_windows_are_those_of_their_context():
     assert z.shape == (6, 10, 2)  # two episodes, read every 24 of 100 steps
     for codes, context in zip(z, contexts):
         assert codes == pytest.approx(np.array([[*context.values()]] * 10), rel=1e-3)
-    first, second, *_ = windows[::24]
+    first, second = seen[24][0], seen[48][0]
     assert not torch.isin(second[0, 0], first[0]).all()
 
 
 @pytest.mark.parametrize("env", ["di_perm", "di_friction"])
-@pytest.mark.parametrize(
-    "which, parts",
-    [
-        ("train", [(0.5, 1.5)]),
-        ("eval_in", [(0.51, 1.49)]),
-        ("eval_out", [(0.1, 0.49), (1.51, 2.0)]),
-    ],
-)
-def test_contexts_are_drawn_from_their_sets(env, which, parts):
+def test_contexts_are_drawn_from_their_sets(env):
     space = inside.Space(env)
-    contexts = space.draw(which, 2000, np.random.default_rng(0))
-    assert list(contexts[0]) == [dim.name for dim in aib_envs.ENVS[env].context]
-    s, u = space.split(contexts)
-    assert np.ptp(np.bincount(s)) == 0
-    total = sum(high - low for low, high in parts)
-    for x in u.T:
-        assert sum(np.sum((low <= x) & (x <= high)) for low, high in parts) == 2000
-        for low, high in parts:  # each tenth of a part has its share
-            counts, _ = np.histogram(x, 10, (low, high))
-            assert counts / 2000 == pytest.approx((high - low) / total / 10, abs=0.025)
+    ranges = {"train": [(0.5, 1.5)], "eval_in": [(0.51, 1.49)]}
+    ranges["eval_out"] = [(0.1, 0.49), (1.51, 2.0)]
+    for which, parts in ranges.items():
+        contexts = space.draw(which, 2000, np.random.default_rng(0))
+        assert list(contexts[0]) == [dim.name for dim in aib_envs.ENVS[env].context]
+        s, u = space.split(contexts)
+        assert np.ptp(np.bincount(s)) == 0
+        total = sum(high - low for low, high in parts)
+        for x in u.T:
+            found = 0
+            for low, high in parts:
+                counts, _ = np.histogram(x, 10, (low, high))
+                found += counts.sum()
+                share = (high - low) / total / 10  # of each tenth of a part
+                assert counts / 2000 == pytest.approx(share, abs=0.025)
+            assert found == 2000
 
 
 @pytest.mark.parametrize("method, size", [("dma_star_sh", 6), ("dma_pearl", 8)])
@@ -162,12 +158,12 @@ def test_a_cell_of_the_cross_table_is_acting_in_one_context_told_of_another(monk
     for c, told, episode in ((1, 5, 0), (4, 0, 1), (2, 2, 1)):
         envs = aib_envs.VectorEnv("di_inv", [contexts[c]], seed=0)
         envs.rngs = [np.random.default_rng([agent.cfg.seed, 3, episode, c])]
-        s = envs.reset()
+        rollout = dmash.Rollout(agent, envs, noisy=False)
+        rollout.replay.c = torch.tensor([list(contexts[told].values())])
+        rollout.reset()
         total = 0
-        for _ in range(envs.horizon):
-            c_told = torch.tensor([list(contexts[told].values())])
-            a = agent.act(torch.from_numpy(s), c_told, noisy=False)
-            s, r, _ = envs.step(a.numpy())
+        while not rollout.done:
+            _, _, r, _ = rollout.step()
             total += r.item()
         assert returns[c, told, episode] == pytest.approx(total, abs=1e-3)
     # Where c is given, nothing is inferred: acting beside is acting in the same context.
@@ -177,53 +173,42 @@ def test_a_cell_of_the_cross_table_is_acting_in_one_context_told_of_another(monk
 # ---- The program --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rows_of(tmp_path, monkeypatch):
-    """The rows of inside.csv for some runs."""
+def test_all_files_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(inside, "EPISODES", 1)
     monkeypatch.setattr(inside, "CROSS_EPISODES", 2)
-
-    def rows_of(*runs):
-        arguments = [*map(str, runs), "--windows", "100", "--out", str(tmp_path / "out")]
-        assert inside.main(arguments) == 0
-        return list(csv.DictReader((tmp_path / "out/inside.csv").read_text().splitlines()))
-
-    return rows_of
-
-
-def test_all_files_are_written(tmp_path, rows_of):
     ours = save_untrained(tmp_path, "dma_star_sh")
     da = save_untrained(tmp_path, "da")
+    pearl = save_untrained(tmp_path, "dma_pearl", "ode")
     (ours / "policies").mkdir()
     for step in (100, 20):
         policy = torch.load(ours / "policy.pt") | {"step": step}
         torch.save(policy, ours / "policies" / f"{step}.pt")
-    rows = rows_of(ours, da)
-    names = {"inside.csv", f"{ours.name}_codes.png"}
-    assert {file.name for file in (tmp_path / "out").iterdir()} == names
-    values = {}
-    cosines = []
-    for row in rows:
-        if row["run"] == ours.name:
-            values[row["step"], row["set"], row["quantity"]] = float(row["value"])
-            if row["quantity"] == "cosine":
-                cosines.append(row)
-    for which in dmash.SETS:
-        parts = [values["0", which, part] for part in ("noise", "spread", "separation")]
-        assert values["0", which, "variability"] == pytest.approx(sum(parts), abs=1e-6)
-    assert values["20", "snapshot", "I(Z;S)"] == values["100", "snapshot", "I(Z;S)"]
+    out = tmp_path / "out"
+    succeed(inside, ours, da, pearl, "--windows", 100, "--out", out)
+    figures = {f"{run.name}_codes.png" for run in (ours, pearl)}
+    assert {file.name for file in out.iterdir()} == {"inside.csv", *figures}
+
+    by_run = group(table(out / "inside.csv"), lambda row: row["run"])
+    quantities = group(by_run[ours.name], lambda row: row["quantity"])
+
+    def column(name):
+        return np.array([float(row["value"]) for row in quantities[name]])
+
+    parts = column("noise") + column("spread") + column("separation")
+    assert column("variability") == pytest.approx(parts, abs=1e-6)
+    *_, early, late = quantities["I(Z;S)"]
+    assert (early["set"], early["step"]) == ("snapshot", "20")
+    assert late["step"] == "100"
+    assert late["value"] == early["value"]
+    cosines = quantities["cosine"]
     assert len(cosines) == 36
     assert {row["value"] for row in cosines if row["context"] == row["other"]} == {"1"}
-    of_da = {row["quantity"] for row in rows if row["run"] == da.name}
+    of_da = {row["quantity"] for row in by_run[da.name]}
     assert of_da >= {"undone", "return, best", "return, other mode"}
     assert not of_da & {"variability", "cosine", "I(Z;C)"}
-
-
-def test_an_environment_with_one_mode(tmp_path, rows_of):
-    rows = rows_of(save_untrained(tmp_path, "dma_pearl", "ode"))
-    quantities = {row["quantity"] for row in rows}
-    assert {"I(Z;C)", "cosine, same mode"} <= quantities
-    assert not {"I(Z;S)", "I(Z;U|S)", "undone", "return, other mode"} & quantities
+    of_one_mode = {row["quantity"] for row in by_run[pearl.name]}
+    assert of_one_mode >= {"I(Z;C)", "cosine, same mode"}
+    assert not of_one_mode & {"I(Z;S)", "I(Z;U|S)", "undone", "return, other mode"}
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -244,11 +229,10 @@ def test_refusals_are_one_line(tmp_path, monkeypatch, capsys):
     assert "di_inv: has no continuous context" in refusal(inside, [ours], capsys)
 
 
-@pytest.mark.parametrize("study", ["film", "inside", "theory"])
+@pytest.mark.parametrize("study", ["film", "theory"])
 def test_without_matplotlib_a_study_says_what_it_needs(study, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for module in ("figures", "inside_figures"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delitem(sys.modules, "figures", raising=False)
     monkeypatch.setattr(sys, "argv", [f"{study}.py"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(f"{ROOT}/studies/{study}.py")

@@ -12,7 +12,7 @@ import play
 import pytest
 import torch
 from adaptation import switch
-from untrained import ROOT, refusal, save_untrained, untrained
+from untrained import ROOT, refusal, save_untrained, succeed, untrained
 
 import aib_envs
 import dmash
@@ -229,7 +229,7 @@ def test_the_page_holds_the_agents_and_the_environment(tmp_path, capsys):
     run = save_untrained(tmp_path, "dma_star_sh", "di_perm")
     rival = save_untrained(tmp_path, "concat", "di_perm")
     out = tmp_path / "new" / "page.html"
-    assert play.main([str(run), "--against", str(rival), "--out", str(out)]) == 0
+    succeed(play, run, "--against", rival, "--out", out)
     text = out.read_text(encoding="utf-8")
     assert "{{" not in text
     assert f"{len(text.encode()) / 1e6:.2f} MB" in capsys.readouterr().out
@@ -241,28 +241,23 @@ def test_the_page_holds_the_agents_and_the_environment(tmp_path, capsys):
     assert swap == {"name": "swap", "usual": 0.0, "train": [0.0, 1.0]}
 
 
-def test_codes_and_the_cost_of_float16_as_found_one_context_at_a_time():
+def test_codes_of_each_wiring_and_what_float16_costs(seen):
     agent = new_agent(env="di_inv")
-    rough = new_agent(env="di_inv")
-    for parameter in rough.parameters():
+    codes, cost = play.watch(agent)
+    steps = seen[agent.cfg.K :]  # after the warm-up
+    assert len(steps) == play.STEPS
+    contexts = aib_envs.context_sets("di_inv", 4)["train"]
+    signs = np.array([context["action_factor"] for context in contexts])
+    z = np.mean([agent.g(tau, noisy=False).tolist() for tau, _ in steps], 0)  # (4, 8)
+    near(codes, [z[signs == 1].mean(0), z[signs == -1].mean(0)], 1e-5)
+
+    for parameter in agent.parameters():
         half = parameter.detach().numpy().astype(np.float16)
         parameter.data = torch.from_numpy(half.astype(np.float32))
-    found = {1.0: [], -1.0: []}  # by wiring, as many codes of each context
     changes = []
-    envs = aib_envs.VectorEnv("di_inv", aib_envs.context_sets("di_inv", 4)["train"], seed=0)
-    for context, rng in zip(envs.task.contexts, envs.rngs):
-        alone = aib_envs.VectorEnv("di_inv", [context], seed=0)
-        alone.rngs = [rng]
-        rollout = dmash.Rollout(agent, alone, noisy=False)
-        rollout.begin_episode()
-        for _ in range(play.STEPS):
-            tau = rollout.replay.latest(noisy=False)
-            _, omega = rough.infer(tau, noisy=False)
-            found[context["action_factor"]].append(agent.g(tau, noisy=False)[0].tolist())
-            s, a, _, _ = rollout.step()
-            changes.append((rough.act(s, omega, noisy=False) - a).abs().max().item())
-    codes, cost = play.watch(agent)
-    near(codes, [np.mean(of_wiring, 0) for of_wiring in found.values()], 1e-5)
+    for tau, (s, a, _, _) in steps:
+        _, omega = agent.infer(tau, noisy=False)
+        changes.append((agent.act(s, omega, noisy=False) - a).abs().max().item())
     assert 0 < cost == pytest.approx(max(changes), abs=1e-6)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import theory
 import torch
-from untrained import refusal, save_untrained
+from untrained import refusal, save_untrained, succeed
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_numbers_are_printed_and_figures_are_written(tmp_path, monkeypatch, caps
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     two = {"a1": partial(theory.a1, steps=5), "a2": theory.a2}
     monkeypatch.setattr(theory, "THEOREMS", two)
-    assert theory.main(["--out", str(tmp_path), "--seed", "0"]) == 0
+    succeed(theory, "--out", tmp_path, "--seed", 0)
     assert (tmp_path / "a1.png").stat().st_size > 5000
     torch.manual_seed(0)
     numbers, _ = theory.a2(0)

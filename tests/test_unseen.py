@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import unseen
 from test_compare import make_run
-from untrained import refusal
+from untrained import refusal, succeed, table
 
 import aib_envs
 import dmash
@@ -15,11 +15,6 @@ import dmash
 PM, MM = "di_signs_without_pm", "di_signs_without_mm"
 TINY = "--contexts 4 --batch 16 --threads 1 --hidden 32 --hyper-hidden 8 --bottleneck 4"
 TINY += " --K 4 --random-steps 6 --eval-every 2 --rollouts 1 --steps 2"
-
-
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def pairs(contexts):
@@ -50,41 +45,35 @@ def test_a_run_without_a_pair_trains_goes_on_and_is_evaluated(tmp_path, capsys):
     """With its sets each time; dmash.py, which does not know them, refuses to go on with it."""
     before = dict(aib_envs.ENVS)
     plain = aib_envs.context_sets
-    command = ["--env", PM, "--method", "concat", *TINY.split(), "--out", str(tmp_path)]
     folder = tmp_path / f"{PM}__concat__s1"
-    assert unseen.main(command) == 0
-    assert unseen.main(["--resume", str(folder), "--steps", "4"]) == 0
-    rows = read(folder / "per_context.csv")
+    succeed(unseen, "--env", PM, "--method", "concat", *TINY.split(), "--out", tmp_path)
+    succeed(unseen, "--resume", folder, "--steps", 4)
+    rows = table(folder / "per_context.csv")
     assert len(rows) == 2 * 3 * 4  # two evaluations
     for row, pair in zip(rows, pairs(rows)):
         assert (pair == (1, -1)) == (row["set"] == "eval_out")
     capsys.readouterr()
-    assert unseen.main(["--eval", str(folder), "--per-context", "--threads", "1"]) == 0
+    succeed(unseen, "--eval", folder, "--per-context", "--threads", 1)
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith(f"{PM}, concat")
     assert pairs(csv.DictReader(lines[:-1])) == pairs(rows[:12])
     assert aib_envs.ENVS == before
     assert aib_envs.context_sets is plain
-    assert dmash.main(["--resume", str(folder)]) == 2
-    assert PM in capsys.readouterr().err
+    assert PM in refusal(dmash, ["--resume", folder], capsys)
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
+def test_report_by_hand(tmp_path, monkeypatch, capsys):
+    """Means over runs, with Student's interval. Methods of other settings are told apart."""
     for env in unseen.LEFT_OUT:
         monkeypatch.setitem(aib_envs.ENVS, env, aib_envs.ENVS["di_signs"])
-    return tmp_path / "runs"
-
-
-def test_report_by_hand(runs, tmp_path, capsys):
-    """Means over runs, with Student's interval. Methods of other settings are told apart."""
+    runs = tmp_path / "runs"
     for env, seed, level in ((PM, 1, 50), (PM, 2, 70), (MM, 1, 30)):
         make_run(runs, env, "concat", seed, level, K=12)  # a setting of the whole method
     make_run(runs, PM, "dr", 1, 20)
     make_run(runs, MM, "dr", 1, 30, polyak=0.005)
     make_run(runs, PM, "dr", 2, 20, done=5)
     make_run(runs, "di_inv", "dr", 1, 99)
-    assert unseen.main(["report", str(runs), "--out", str(tmp_path)]) == 0
+    succeed(unseen, "report", runs, "--out", tmp_path)
     text = capsys.readouterr().out
     assert text.startswith("5 runs; 2 more")
     # the standard deviation of 50, 70 and 30 is 20; t = 4.303 with two degrees of freedom
@@ -92,7 +81,7 @@ def test_report_by_hand(runs, tmp_path, capsys):
     assert f"| Concat, polyak 0.05 | 3 | 2 | {cells} |" in text
     assert "| DR, polyak 0.05 | 1 | 1 | 20.0 | 20.0 | 17.0 |" in text
     assert "| DR, polyak 0.005 | 1 | 1 | 30.0 | 30.0 | 27.0 |" in text
-    rows = read(tmp_path / "unseen.csv")
+    rows = table(tmp_path / "unseen.csv")
     found = {(r["env"], r["seed"], r["eval_out"]) for r in rows if r["method"] == "concat"}
     assert found == {(MM, "1", "27"), (PM, "1", "47"), (PM, "2", "67")}
 
@@ -100,31 +89,27 @@ def test_report_by_hand(runs, tmp_path, capsys):
 # ---- Far beyond the ranges ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env_id", ["di_signs", "di_perm", "ode", "ball_in_cup"])
-def test_sweeps_vary_one_dimension_far_beyond_its_ranges(env_id):
-    dims = {dim.name: dim for dim in aib_envs.ENVS[env_id].context}
-    signs = [name for name, dim in dims.items() if dim.binary]
-    panels = {}
-    for panel, context in unseen.sweeps(dims.values()):
-        assert aib_envs.full_context(env_id, context) == context  # accepted as it is
-        panels.setdefault((panel["panel"], panel["varied"]), []).append(context)
-    for name, dim in dims.items():
-        count = sum(varied == name for _, varied in panels)
-        assert count == (0 if dim.only else 2 ** len({*signs} - {name}))
-    for (_, name), contexts in panels.items():
-        dim = dims[name]
-        values = [context.pop(name) for context in contexts]
-        if dim.binary:
-            assert {0, 0.25, -0.5, 1, -1, 2} <= set(values)
-        else:
-            counted = {unseen.where(dim, value) for value in values}
-            assert counted == {"train range", "extrapolation range", "beyond"}
-            assert values[0] < dim.extrapolation[0]
-            assert dim.extrapolation[1] < values[-1]
-        for context in contexts:
-            assert context == contexts[0]
-        for other, value in contexts[0].items():
-            assert value in (dims[other].train if other in signs else [dims[other].default])
+def test_sweeps_vary_one_dimension_far_beyond_its_ranges():
+    """From a quarter of the lower to four times the upper limit, as far as that is accepted."""
+    masses = np.geomspace(0.1 / 4, 2 * 4, unseen.POINTS)
+    strings = np.geomspace(0.1 / 4, 0.99 * 0.9, unseen.POINTS)
+    for env_id, panels, title, values in (
+        ("di_signs", 8, "mass, sign_x 1, sign_y -1", masses),
+        ("di_signs", 8, "sign_y, sign_x -1", unseen.STRENGTHS),
+        ("di_perm", 2, "mass, swap 1", masses),  # swap has no other values
+        ("ode", 2, "c1", np.linspace(-40, 40, unseen.POINTS)),
+        ("ball_in_cup", 2, "distance", strings),
+    ):
+        sweeps = list(unseen.sweeps(aib_envs.ENVS[env_id].context))
+        assert len({panel["panel"] for panel, _ in sweeps}) == panels
+        found = [context for panel, context in sweeps if panel["panel"] == title]
+        varied, *fixed = title.split(", ")
+        given = {}
+        for word in fixed:
+            name, sign = word.split()
+            given[name] = float(sign)
+        for context, value in zip(found, values, strict=True):
+            assert context == aib_envs.full_context(env_id, given | {varied: float(value)})
 
 
 def test_beyond_by_hand(tmp_path, monkeypatch, capsys):
@@ -143,22 +128,22 @@ def test_beyond_by_hand(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(dmash, "load_policy", loaded)
     monkeypatch.setattr(dmash, "evaluate", evaluate)
-    assert unseen.main(["beyond", "dr1", "dr3", "da1", "--out", str(tmp_path)]) == 0
+    succeed(unseen, "beyond", "dr1", "dr3", "da1", "--out", tmp_path)
     text = capsys.readouterr().out
     assert "di_inv, dr, seed 3, step 7 of 100,000" in text
-    table = text.split("di_inv: mass, action_factor -1\n\n")[1].split("\n\n")[0]
-    assert table.startswith("| method | seeds | train range | extrapolation range | beyond |")
+    panel = text.split("di_inv: mass, action_factor -1\n\n")[1].split("\n\n")[0]
+    assert panel.startswith("| method | seeds | train range | extrapolation range | beyond |")
     masses = np.geomspace(0.1 / 4, 2 * 4, unseen.POINTS)
     trained = (0.5 <= masses) & (masses <= 1.5)
     near = (0.1 <= masses) & (masses <= 2) & ~trained
     means = [1000 + masses[part].mean() for part in (trained, near, ~trained & ~near)]
     for method, seeds, seed in (("DR", 2, 2), ("DA", 1, 1)):  # the mean of seeds 1 and 3
         cells = " | ".join(f"{seed * mean:.1f}" for mean in means)
-        assert f"| {method} | {seeds} | {cells} |" in table
+        assert f"| {method} | {seeds} | {cells} |" in panel
     strengths = text.split("di_inv: action_factor\n")[1]
     assert "| ±0 | ±0.1 | ±0.25 | ±0.5 | ±1 | ±1.5 | ±2 |" in strengths
     assert "| DA | 1 | 1.0 | 1.0 | 1.0 | 1.0 | 501.0 | 1.0 | 1.0 |" in strengths
-    for row in read(tmp_path / "beyond_di_inv.csv"):
+    for row in table(tmp_path / "beyond_di_inv.csv"):
         assert float(row["diverged"]) == (float(row["return"]) < 1)
 
 

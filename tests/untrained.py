@@ -1,5 +1,6 @@
 """Small agents that were never trained, for the tests of studies that read policies and runs."""
 
+import csv
 from pathlib import Path
 
 import torch
@@ -28,6 +29,16 @@ def save_untrained(out, method, env="di_inv"):
     run.inode = folder.stat().st_ino
     run.save()
     return folder
+
+
+def succeed(program, *arguments):
+    """Runs a study with these arguments, to its end."""
+    assert program.main(list(map(str, arguments))) == 0
+
+
+def table(path):
+    """The rows of a CSV file."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 def refusal(program, arguments, capsys):
