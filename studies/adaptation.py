@@ -23,13 +23,13 @@ until the reward (mean over ten steps) stays at 95 % of the reference's, inf if 
 CPU core a run of cartpole_inv takes about 25 seconds.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import parser_of
 from runs import aib_envs, distinct, dmash
 
 SHARE = 0.95  # of the reference's reward
@@ -148,7 +148,6 @@ def study(agent):
                 "question": question,
                 "mode": mode,
                 "k": k,
-                "read": "",
                 "reward": float(mean.mean()),
                 "reference": float(ref.mean()),
                 "lost": float((ref - mean).sum()),
@@ -156,9 +155,6 @@ def study(agent):
             }
             if question != "window":
                 row["steps"] = steps_to(mean, ref)
-            elif agent.g is not None:
-                places = dmash.subsample(1, cfg.K, cfg.L, noisy=False)
-                row["read"] = int((places >= cfg.K - k).sum())
             rows.append(row)
     return rows
 
@@ -178,11 +174,10 @@ def summary(rows):
 
 
 def run_command(runs, out):
-    paths = distinct(runs)
-    agents = [dmash.load_policy(path)[1] for path in paths]
-    if len({agent.cfg.env for agent in agents}) > 1:
-        each = [f"{path} of {agent.cfg.env}" for path, agent in zip(paths, agents)]
-        raise dmash.BadInput(f"{', '.join(each)}: must be of one environment")
+    agents = [dmash.load_policy(path)[1] for path in distinct(runs)]
+    envs = sorted({agent.cfg.env for agent in agents})
+    if len(envs) > 1:
+        raise dmash.BadInput(f"runs of {' and '.join(envs)}: must be of one environment")
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for agent in agents:
@@ -194,8 +189,7 @@ def run_command(runs, out):
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = dmash.Parser("adaptation.py", description=__doc__, **layout)
+    parser = parser_of("adaptation.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or policy files")
     about = "folder (%(default)s)"
     parser.add_argument("--out", type=Path, default="results/adaptation", help=about)

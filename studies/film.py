@@ -16,7 +16,6 @@ one), the action, and the return so far. The film has 400 steps, or a shorter ep
 prints the return before and after the switch. It needs matplotlib and half a minute.
 """
 
-import argparse
 import sys
 from itertools import chain
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from adaptation import mirrored, mirrored_dim, switch
+from command_line import parser_of
 from figures import Figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
@@ -176,8 +176,7 @@ class Screen:
         figure.suptitle(title, fontsize=13)
         self.canvas = FigureCanvasAgg(figure)
         options = dict(sharey="row", height_ratios=list(heights.values()))
-        rows = figure.subplots(len(heights), N, **options)
-        self.pictures, *rows = rows
+        self.pictures, *rows = figure.subplots(len(heights), N, **options)
         self.panels = dict(zip(list(heights)[1:], rows))  # by name: a row of panels
         self.prepare(T * film.dt)
         figure.draw_without_rendering()
@@ -320,8 +319,7 @@ def run_command(args):
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = dmash.Parser("film.py", description=__doc__, **layout)
+    parser = parser_of("film.py", __doc__)
     parser.add_argument("run", metavar="RUN", help="run folder or policy file")
     out = "default: %(default)s"
     parser.add_argument("--out", type=Path, default="film.gif", metavar="FILE.gif", help=out)

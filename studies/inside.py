@@ -24,8 +24,7 @@ without masks. These are the quantities:
                         the second mode with their signs flipped or their dimensions swapped back.
                         It is 1 if the same reaches the actuators.
     return              of an episode in `context` with ω from `other`
-    return, own         with ω from the policy's own window, mean over the contexts of the table
-    return, matching    with ω from another episode in the same context
+    return, matching    with ω from another episode in the same context, mean over contexts
     return, best        with ω from the best context: chosen in one half of the episodes, measured
                         in the other half
     …, same mode; …, other mode
@@ -35,7 +34,6 @@ A policy that gets z or c in place of ω gets it here too. Methods that get c ha
 `snapshot` is the train set with a quarter of the windows.
 """
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -44,6 +42,7 @@ import inside_figures
 import mutual_information
 import numpy as np
 import torch
+from command_line import parser_of
 from runs import aib_envs, dmash
 
 EPISODES = 4  # in each context, for mean codes and Variability
@@ -97,15 +96,15 @@ def draw_values(dim, which, n, rng):
     """n values, uniform in a set's range. eval_in and eval_out keep 1 % away from train's ends."""
     low, high = dim.train
     margin = 0.01 * (high - low)
-    if which == "train":
-        return rng.uniform(low, high, n)
+    if which == "eval_out":
+        far_low, far_high = dim.extrapolation
+        below = low - margin - far_low  # lengths of the two parts of the range
+        above = far_high - (high + margin)
+        x = rng.uniform(0, below + above, n)
+        return np.where(x < below, far_low + x, high + margin + x - below)
     if which == "eval_in":
-        return rng.uniform(low + margin, high - margin, n)
-    far_low, far_high = dim.extrapolation
-    below = low - margin - far_low  # lengths of the two parts of the range
-    above = far_high - (high + margin)
-    x = rng.uniform(0, below + above, n)
-    return np.where(x < below, far_low + x, high + margin + x - below)
+        low, high = low + margin, high - margin
+    return rng.uniform(low, high, n)
 
 
 # ---- What is measured ---------------------------------------------------------------------------
@@ -133,8 +132,7 @@ def gather(agent, contexts, episodes, steps, *seed):
             with torch.no_grad():
                 z, _ = agent.infer(rollout.replay.latest(False), False)
             codes.append(z.numpy())
-        if t + 1 < steps:
-            rollout.step()
+        rollout.step()
     codes = np.concatenate(codes).reshape(-1, len(contexts), agent.cfg.d_z)
     return codes.swapaxes(0, 1).astype(np.float64)
 
@@ -199,9 +197,9 @@ def undone(agent, space):
 def cross_table(agent, contexts):
     """Returns of acting in context c with ω inferred in c': (c, c', episodes).
 
-    ω is read anew at each step from an episode of the agent beside, in c'. Those episodes' returns
-    are (c, episodes). All begin in the same states. But an episode never acts on the ω of one that
-    began as it did: where c' is c, that would be its own window.
+    ω is read anew at each step from an episode of the agent beside, in c'. All begin in the same
+    states. But an episode never acts on the ω of one that began as it did: where c' is c, that
+    would be its own window.
     """
     n = len(contexts)
     episodes = range(CROSS_EPISODES)
@@ -216,16 +214,13 @@ def cross_table(agent, contexts):
     envs.rngs = [start(e, c) for e in episodes for _ in contexts for c in range(n)]
     s = envs.reset()  # (episodes, c', c)
     returns = np.zeros(envs.N)
-    own = np.zeros(beside.envs.N)
     while not beside.done:
-        _, _, r, omega = beside.step()
-        own += r.numpy()
+        _, _, _, omega = beside.step()
         a = agent.act(beside.tensor(s), omega, False)  # each row of omega serves all c
         s, r, _ = envs.step(a.numpy())
         s = np.nan_to_num(s)  # where a simulation diverged
         returns += np.nan_to_num(r)
-    returns = returns.reshape(CROSS_EPISODES, n, n).transpose(2, 1, 0)
-    return returns, own.reshape(CROSS_EPISODES, n).T
+    return returns.reshape(CROSS_EPISODES, n, n).transpose(2, 1, 0)
 
 
 def with_best(returns):
@@ -276,13 +271,9 @@ def look(path, agent, space, windows):
         rows += matrix_rows(step, "cosine", cosines, space)
         figure = inside_figures.codes(space, cosines, samples)
     rows += rows_of(step, "", undone(agent, space))
-    returns, own = cross_table(agent, few)
+    returns = cross_table(agent, few)
     cells = returns.mean(-1)
-    means = {
-        "return, own": own.mean(),
-        "return, matching": cells.diagonal().mean(),
-        "return, best": with_best(returns),
-    }
+    means = {"return, matching": cells.diagonal().mean(), "return, best": with_best(returns)}
     rows += rows_of(step, "", means) + matrix_rows(step, "return", cells, space)
     if agent.g is not None:
         for file in sorted((path / "policies").glob("*.pt"), key=lambda file: int(file.stem)):
@@ -331,8 +322,7 @@ def run_command(args):
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = dmash.Parser("inside.py", description=__doc__, **layout)
+    parser = parser_of("inside.py", __doc__)
     parser.add_argument("places", nargs="+", metavar="RUN", help="a run folder, or a policy file")
     parser.add_argument("--out", type=Path, default="inside", help="folder (default: %(default)s)")
     help = "windows in each set, for information (default: %(default)s)"

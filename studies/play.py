@@ -13,7 +13,6 @@ the largest change of an action in 100 steps of each training context. It takes 
 With a second agent the program also finds its mean reward for each wiring of the motors.
 """
 
-import argparse
 import base64
 import copy
 import json
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from adaptation import mirrored_dim
+from command_line import parser_of
 from runs import aib_envs, dmash
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -113,26 +113,25 @@ def page(agent, other=None):
     return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text), cost
 
 
-def load(run, methods):
-    """The agent of a run. BadInput says why the page cannot show it."""
+def load(run, environments, methods):
+    """The agent of a run. BadInput says why the page cannot show it there."""
     cfg, agent = dmash.load_policy(run)
-    if cfg.env not in ENVIRONMENTS:
-        allowed = ", ".join(ENVIRONMENTS)
-        raise dmash.BadInput(f"{run} is of {cfg.env}; the page can show {allowed}")
-    if cfg.method not in methods:
-        allowed = ", ".join(methods)
-        raise dmash.BadInput(f"{run} is of {cfg.method}; the page can show {allowed} here")
+
+    def require(found, allowed):
+        if found not in allowed:
+            what = ", ".join(allowed)
+            raise dmash.BadInput(f"{run} is of {found}; the page can show {what} here")
+
+    require(cfg.env, environments)
+    require(cfg.method, methods)
     return agent
 
 
 def run_command(args):
-    agent = load(args.run, SHOWN)
+    agent = load(args.run, ENVIRONMENTS, SHOWN)
     other = None
     if args.against is not None:
-        other = load(args.against, AGAINST)
-        if other.cfg.env != agent.cfg.env:
-            message = f"{args.against} is of {other.cfg.env}, {args.run} of {agent.cfg.env}"
-            raise dmash.BadInput(message)
+        other = load(args.against, [agent.cfg.env], AGAINST)
     text, cost = page(agent, other)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
@@ -142,8 +141,7 @@ def run_command(args):
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = dmash.Parser("play.py", description=__doc__, **layout)
+    parser = parser_of("play.py", __doc__)
     parser.add_argument("run", metavar="RUN", help="run folder or policy file")
     parser.add_argument("--against", metavar="RUN", help="a second agent, of dr or concat")
     out = "the page (default: %(default)s)"

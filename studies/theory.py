@@ -10,13 +10,13 @@ numbers by what they are, and a figure or None.
 """
 
 import sys
-from argparse import RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
+from command_line import parser_of
 from figures import Figure
 from mutual_information import variability
 from runs import aib_envs, dmash
@@ -268,11 +268,9 @@ def a5(seed, steps=2000, m=8, restarts=3):
     near = share_missed(1)
     far = share_missed(10)
     what = f"share of −2x missed by 1 … {2 * m} units, trained, m = {m}, best of {restarts}"
-    numbers = {
-        f"rank of ∂g/∂x at widths {widths}, at most": ranks,
-        what: near,
-        "the same, in ten times the range trained on": far,
-    }
+    numbers = {f"rank of ∂g/∂x at widths {widths}, at most": ranks}
+    numbers[what] = near
+    numbers["the same, in ten times the range trained on"] = far
     return numbers, None
 
 
@@ -526,8 +524,7 @@ def run_command(args):
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    layout = RawDescriptionHelpFormatter
-    parser = dmash.Parser("theory.py", description=__doc__, formatter_class=layout)
+    parser = parser_of("theory.py", __doc__)
     names = [*THEOREMS, "all"]
     parser.add_argument("names", nargs="*", choices=names, default="all", help="default: all")
     out = "results/inside/theory"

@@ -22,7 +22,6 @@ All else has its default, and what an actuator gets is clipped to [-1, 1]. The p
 by range. beyond_<env>.csv has all returns.
 """
 
-import argparse
 import sys
 from dataclasses import asdict
 from itertools import cycle, product
@@ -32,6 +31,7 @@ from unittest import mock
 import compare
 import numpy as np
 import runs as reader
+from command_line import parser_of
 from runs import aib_envs, dmash, group
 
 LEFT_OUT = {
@@ -89,8 +89,7 @@ def report(places, out):
     found = reader.read_runs(places)
     runs = [run for run in found if run.finished and run.env in LEFT_OUT]
     if not runs:
-        message = f"{', '.join(map(str, places))}: no finished run of {', '.join(LEFT_OUT)}"
-        raise dmash.BadInput(message)
+        raise dmash.BadInput(f"{' '.join(places)}: no finished run of {', '.join(LEFT_OUT)}")
     others = len(found) - len(runs)
     print(f"{len(runs)} runs; {others} more are unfinished or of other environments\n")
     labels = labels_of([run.settings | {"method": run.method} for run in runs])
@@ -199,8 +198,7 @@ def beyond(paths, out):
 
 
 def run_command(argv):
-    layout = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = dmash.Parser("unseen.py", description=__doc__, **layout)
+    parser = parser_of("unseen.py", __doc__)
     modes = {"report": report, "beyond": beyond}
     parser.add_argument("mode", choices=modes)
     parser.add_argument("places", nargs="+", metavar="RUN")

@@ -125,4 +125,3 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
     di = save_untrained(tmp_path, "dr")
     assert "nowhere" in refusal(film, [tmp_path / "nowhere"], capsys)
     assert ".gif" in refusal(film, [di, "--out", "film.mp4"], capsys)
-    assert "policy.pt" in refusal(film, [di, "--out", di / "policy.pt/film.gif"], capsys)

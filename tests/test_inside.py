@@ -154,7 +154,7 @@ def test_a_cell_of_the_cross_table_is_acting_in_one_context_told_of_another(monk
     monkeypatch.setattr(aib_envs.DoubleIntegrator, "reward", lambda task: task.state()[:, 0])
     agent = untrained("concat")
     contexts = inside.Space("di_inv").few
-    returns, own = inside.cross_table(agent, contexts)
+    returns = inside.cross_table(agent, contexts)
     for c, told, episode in ((1, 5, 0), (4, 0, 1), (2, 2, 1)):
         envs = aib_envs.VectorEnv("di_inv", [contexts[c]], seed=0)
         envs.rngs = [np.random.default_rng([agent.cfg.seed, 3, episode, c])]
@@ -166,8 +166,6 @@ def test_a_cell_of_the_cross_table_is_acting_in_one_context_told_of_another(monk
             _, _, r, _ = rollout.step()
             total += r.item()
         assert returns[c, told, episode] == pytest.approx(total, abs=1e-3)
-    # Where c is given, nothing is inferred: acting beside is acting in the same context.
-    assert own[:, [1, 0]] == pytest.approx(returns[range(6), range(6)], abs=1e-3)
 
 
 # ---- The program --------------------------------------------------------------------------------
@@ -218,12 +216,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 def test_refusals_are_one_line(tmp_path, monkeypatch, capsys):
     ours = save_untrained(tmp_path, "dma_star_sh")
-    for arguments, message in (
-        ([tmp_path / "nowhere"], "nowhere: must be a policy file"),
-        ([ours, "--windows", 50], "--windows 50: must be a whole"),
-        ([ours, "--out", ours / "policy.pt"], "policy.pt: File"),
-    ):
-        assert message in refusal(inside, arguments, capsys)
+    assert "must be a policy file" in refusal(inside, [tmp_path / "nowhere"], capsys)
+    assert "--windows 50: must be a whole" in refusal(inside, [ours, "--windows", 50], capsys)
     signs = dataclasses.replace(aib_envs.ENVS["di_inv"], context=(aib_envs.SIGN_X,))
     monkeypatch.setitem(aib_envs.ENVS, "di_inv", signs)
     assert "di_inv: has no continuous context" in refusal(inside, [ours], capsys)

@@ -72,15 +72,20 @@ def near(ours, theirs, tolerance):
 
 ADVANCE = """
 const task = TASKS[input.env];
-return input.states.map((start, i) => {
+const found = { states: [], observations: [], rewards: [] };
+input.states.forEach((start, i) => {
   let state = start;
   const c = input.contexts[i];
-  return input.actions.map((action) => {
+  const path = input.actions.map((action) => {
     const motors = motorsOf(action, c);
     state = task.advance(state, motors, [0, 0], c);
     return { state, s: Array.from(task.observation(state)), r: task.reward(state, motors) };
   });
+  found.states.push(path.map((at) => at.state));
+  found.observations.push(path.map((at) => at.s));
+  found.rewards.push(path.map((at) => at.r));
 });
+return found;
 """
 
 
@@ -95,7 +100,7 @@ def both_ways(env, contexts, states, actions):
     theirs = [np.stack(values, 1) for values in zip(*rows)]
     values = dict(contexts=contexts, states=states.tolist(), actions=actions.tolist())
     found = in_node(ADVANCE, env=env, **values)
-    ours = [np.array([[row[key] for row in rows] for rows in found]) for key in ("state", "s", "r")]
+    ours = [np.array(values) for values in found.values()]
     return ours, theirs
 
 
