@@ -191,8 +191,9 @@ def main(argv=None):
     """The command line. Returns the exit status."""
     parser = parser_of("adaptation.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders or policy files")
-    about = "folder (%(default)s)"
-    parser.add_argument("--out", type=Path, default="results/adaptation", help=about)
+    parser.add_argument(
+        "--out", type=Path, default="results/adaptation", help="folder (%(default)s)"
+    )
     return dmash.exit_status("adaptation.py", lambda: run_command(**vars(parser.parse_args(argv))))
 
 

@@ -98,8 +98,8 @@ def both_ways(env, contexts, states, actions):
         task.step(np.tile(action, (len(contexts), 1)))
         rows.append((task.state(), task.observation(), task.reward()))
     theirs = [np.stack(values, 1) for values in zip(*rows)]
-    values = dict(contexts=contexts, states=states.tolist(), actions=actions.tolist())
-    found = in_node(ADVANCE, env=env, **values)
+    states, actions = states.tolist(), actions.tolist()
+    found = in_node(ADVANCE, env=env, contexts=contexts, states=states, actions=actions)
     ours = [np.array(values) for values in found.values()]
     return ours, theirs
 
@@ -172,8 +172,8 @@ def test_networks_compute_what_pytorch_computes(method, env, settings):
     with torch.no_grad():
         z, omega = agent.infer(replay.latest(noisy=False), False, replay.c)
     a = agent.act(states, omega, noisy=False)
-    values = dict(windows=windows.tolist(), states=states.tolist(), contexts=contexts)
-    found = in_node(NETWORKS, agent, **values, d_a=envs.d_a)
+    given = {"windows": windows.tolist(), "states": states.tolist(), "contexts": contexts}
+    found = in_node(NETWORKS, agent, **given, d_a=envs.d_a)
     assert a.std(0).max() > 0.01
     near([row["a"] for row in found], a, 1e-5)
     if z is not None:
@@ -212,8 +212,8 @@ def test_warm_up_and_flip_as_in_an_evaluation():
     }
     return { actions, state: world.state };
     """
-    values = dict(env="cartpole_inv", codes=[[0] * 8, [1] * 8], context=context, state=state)
-    found = in_node(program, agent, **values)
+    codes = [[0] * 8, [1] * 8]
+    found = in_node(program, agent, env="cartpole_inv", codes=codes, context=context, state=state)
     near(found["actions"], actions, 1e-4)
     near(found["state"], envs.task.state()[0], 1e-4)
 
@@ -249,8 +249,7 @@ def test_the_page_holds_the_agents_and_the_environment(tmp_path, capsys):
 def test_codes_of_each_wiring_and_what_float16_costs(seen):
     agent = new_agent(env="di_inv")
     codes, cost = play.watch(agent)
-    steps = seen[agent.cfg.K :]  # after the warm-up
-    assert len(steps) == play.STEPS
+    steps = seen[-play.STEPS :]  # all but the warm-up
     contexts = aib_envs.context_sets("di_inv", 4)["train"]
     signs = np.array([context["action_factor"] for context in contexts])
     z = np.mean([agent.g(tau, noisy=False).tolist() for tau, _ in steps], 0)  # (4, 8)
