@@ -98,8 +98,8 @@ def both_ways(env, contexts, states, actions):
         task.step(np.tile(action, (len(contexts), 1)))
         rows.append((task.state(), task.observation(), task.reward()))
     theirs = [np.stack(values, 1) for values in zip(*rows)]
-    states, actions = states.tolist(), actions.tolist()
-    found = in_node(ADVANCE, env=env, contexts=contexts, states=states, actions=actions)
+    given = dict(states=states.tolist(), actions=actions.tolist())
+    found = in_node(ADVANCE, env=env, contexts=contexts, **given)
     ours = [np.array(values) for values in found.values()]
     return ours, theirs
 
@@ -172,8 +172,14 @@ def test_networks_compute_what_pytorch_computes(method, env, settings):
     with torch.no_grad():
         z, omega = agent.infer(replay.latest(noisy=False), False, replay.c)
     a = agent.act(states, omega, noisy=False)
-    given = {"windows": windows.tolist(), "states": states.tolist(), "contexts": contexts}
-    found = in_node(NETWORKS, agent, **given, d_a=envs.d_a)
+    found = in_node(
+        NETWORKS,
+        agent,
+        windows=windows.tolist(),
+        states=states.tolist(),
+        contexts=contexts,
+        d_a=envs.d_a,
+    )
     assert a.std(0).max() > 0.01
     near([row["a"] for row in found], a, 1e-5)
     if z is not None:
