@@ -110,8 +110,8 @@ def test_cartpole_moves_as_in_mujoco():
     lengths = np.linspace(0.1, 2, 12).tolist()
     contexts = [{"length": x, "action_factor": sign} for x in lengths for sign in (1.0, -1.0)]
     states = rng.uniform(-1, 1, (24, 4)) * [0.3, np.pi, 0.5, 3]
-    to_ends = states + [1.5, 0, 2, 0]  # of the rail, where the cart stops
-    starts = np.concatenate([states, to_ends])
+    to_ends = states + np.sign(states[:, :1]) * [1.5, 0, 2, 0]  # of the rail: the cart stops there
+    starts = np.vstack([states, to_ends])
     actions = rng.uniform(-1.2, 1.2, (100, 1))
     ours, theirs = both_ways("cartpole_inv", contexts * 2, starts, actions)
     reach = np.abs(theirs[0][..., 0]).max(1)
