@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import runs as reader
 import torch
-from runs import BadInput, aib_envs, dmash, group
+from runs import BadInput, aib_envs, dmash, group, joined
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 NO_ACTION = RESULTS / "no_action.csv"
@@ -99,10 +99,9 @@ def permutation_p(x, y):
 def holm(ps):
     """Holm's correction: the p-values, each made larger for the number of those tested with it."""
     order = np.argsort(ps)
-    factors = len(ps) - np.arange(len(ps))
-    corrected = np.empty(len(ps))
-    corrected[order] = np.minimum(np.maximum.accumulate(np.array(ps)[order] * factors), 1)
-    return corrected.tolist()
+    factors = np.arange(len(ps), 0, -1)
+    rising = np.maximum.accumulate(np.sort(ps) * factors)
+    return np.minimum(rising, 1)[np.argsort(order)].tolist()
 
 
 def probability_of_improvement(x, y):
@@ -129,36 +128,40 @@ def blocks_of(runs):
     finished = [run for run in runs if run.finished]
     blocks = group(finished, lambda run: (run.env, run.compared)).values()
     firsts = [block[0] for block in blocks]
-    settings = {setting_of(run) for run in firsts}
-    titles = {}
+    titled = {}
     for block in blocks:
-        env, setting = block[0].env, setting_of(block[0])
         if len({tuple(run.contexts[0]) for run in block}) > 1:
+            env = block[0].env
             raise BadInput(f"{env}: its runs have different contexts, and cannot be compared")
-        words = [env, f"{block[0].steps:,} steps"]
-        if len(settings) > 1:
-            words.append(setting)
-        alike = [run for run in firsts if run.env == env and setting_of(run) == setting]
-        alike = [dict(run.compared) for run in alike]
-        for name in sorted(set().union(*alike) - {"steps"}):
-            if len({other.get(name) for other in alike}) > 1:
-                words.append(f"{name} {dict(block[0].compared).get(name, 'off')}")
-        titles[", ".join(words)] = group(block, lambda run: run.arm)
-    return titles
+        titled[title_of(block[0], firsts)] = group(block, lambda run: run.arm)
+    return titled
+
+
+def title_of(run, others):
+    """Environment, steps, and the settings in which it differs from others like it."""
+    words = [run.env, f"{run.steps:,} steps"]
+    if len({setting_of(other) for other in others}) > 1:
+        words.append(setting_of(run))
+    kind = run.env, setting_of(run)
+    alike = [dict(other.compared) for other in others if (other.env, setting_of(other)) == kind]
+    for name in sorted(set().union(*alike) - {"steps"}):
+        if len({settings.get(name) for settings in alike}) > 1:
+            words.append(f"{name} {dict(run.compared).get(name, 'off')}")
+    return ", ".join(words)
 
 
 def find(arms, label, departures):
     """The runs in a block of a method, by its label, with these departures."""
-    return arms.get(", ".join(filter(None, [label, departures])), [])
+    return arms.get(joined(label, departures), [])
 
 
 def rivals_of_ours(runs):
-    """A block's title, an arm, the runs of DMA*-SH with the same departures, those of the arm."""
+    """A block's title, the runs of DMA*-SH, those of another arm with the same departures."""
     for title, arms in blocks_of(runs).items():
-        for arm, others in arms.items():
+        for others in arms.values():
             ours = find(arms, OURS, others[0].departures)
             if ours and ours is not others:
-                yield title, arm, ours, others
+                yield title, ours, others
 
 
 def departed(runs):
@@ -166,7 +169,7 @@ def departed(runs):
     for title, arms in blocks_of(runs).items():
         for changed in arms.values():
             plain = arms.get(changed[0].label)
-            if changed[0].departures and plain:
+            if plain and plain is not changed:
                 yield title, arms, changed, plain
 
 
@@ -196,6 +199,9 @@ def largest(env):
 
 
 def table(head, rows):
+    """`head` is a list, or a text with | between the columns."""
+    if isinstance(head, str):
+        head = head.split(" | ")
     lines = []
     for row in [head, ["---"] * len(head), *rows]:
         cells = [printable(cell).replace("|", "\\|") for cell in row]
@@ -206,7 +212,7 @@ def table(head, rows):
 def printable(value):
     """A value in one line of letters that any file can hold and any terminal can show."""
     text = " ".join(str(value).split())
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return "".join(filter(str.isprintable, text))
 
 
 def figure(value, digits, sign=""):
@@ -240,19 +246,17 @@ def p_text(p):
 def returns_table(runs, score):
     """A row per arm, a column per environment and setting."""
     blocks = blocks_of(runs)
-    nothing, most = ["no action"], ["largest possible"]
-    for arms in blocks.values():
-        env = next(iter(arms.values()))[0].env
-        nothing.append(figure(no_action(env, score), digits_of(env)))
-        most.append(figure(largest(env), 0))
-    rows = [nothing, most]
+    envs = [next(iter(arms.values()))[0].env for arms in blocks.values()]
+    nothing = [figure(no_action(env, score), digits_of(env)) for env in envs]
+    most = [figure(largest(env), 0) for env in envs]
+    rows = [["no action", *nothing], ["largest possible", *most]]
     for arm in dict.fromkeys(run.arm for run in sorted(runs, key=reader.arm_rank)):
         row = [arm]
-        for arms in blocks.values():
+        for env, arms in zip(envs, blocks.values()):
             text = "not run"
             if arm in arms:
                 estimate = contrast([1], [scores(arms[arm], score)])
-                text = f"{cell(estimate, digits_of(arms[arm][0].env))} ({len(arms[arm])})"
+                text = f"{cell(estimate, digits_of(env))} ({len(arms[arm])})"
             row.append(text)
         rows.append(row)
     return table(["method", *blocks], rows)
@@ -267,6 +271,9 @@ def difference(ours, others, score):
 def difference_cells(ours, others, score):
     estimate, p = difference(ours, others, score)
     return [cell(estimate, digits_of(ours[0].env), "+"), p_text(p)]
+
+
+DIFFERENCES = "seeds | mean of the sets | p | extrapolation | p"
 
 
 def difference_row(title, arm, ours, others):
@@ -284,11 +291,11 @@ def speed(runs):
 def differences_table(runs):
     """DMA*-SH minus each other method with the same departures."""
     rows = []
-    for title, arm, ours, others in rivals_of_ours(runs):
-        speeds = [figure(speed(of), 1) for of in (others, ours)]
-        rows.append([*difference_row(title, arm, ours, others), *speeds])
-    head = ["environment", "DMA*-SH minus", "seeds", "mean of the sets", "p", "extrapolation", "p"]
-    return table([*head, "its steps/s", "DMA*-SH's"], rows)
+    for title, ours, others in rivals_of_ours(runs):
+        row = difference_row(title, others[0].arm, ours, others)
+        rows.append([*row, figure(speed(others), 1), figure(speed(ours), 1)])
+    head = f"environment | DMA*-SH minus | {DIFFERENCES} | its steps/s | DMA*-SH's"
+    return table(head, rows)
 
 
 def departures_table(runs):
@@ -296,8 +303,7 @@ def departures_table(runs):
     rows = []
     for title, _, changed, plain in departed(runs):
         rows.append(difference_row(title, changed[0].arm, changed, plain))
-    head = ["environment", "with it minus without", "seeds", "mean of the sets", "p"]
-    return table([*head, "extrapolation", "p"], rows)
+    return table(f"environment | with it minus without | {DIFFERENCES}", rows)
 
 
 def artefacts_table(runs, score):
@@ -305,17 +311,20 @@ def artefacts_table(runs, score):
     rows = []
     for title, arms, changed, plain in departed(runs):
         label, departures = changed[0].label, changed[0].departures
+        row = [title, departures, label, f"{len(changed)}, {len(plain)}"]
+        row += difference_cells(changed, plain, score)
         ours = arms.get(OURS), find(arms, OURS, departures)
-        leads = ["", "", ""]
         if label != OURS and all(ours):
             sides = [scores(of, score) for of in (ours[0], plain, ours[1], changed)]
-            estimates = [contrast([1, -1], sides[:2]), contrast([1, -1], sides[2:])]
-            estimates.append(contrast([-1, 1, 1, -1], sides))
-            leads = [cell(estimate, digits_of(changed[0].env), "+") for estimate in estimates]
-        row = [title, departures, label, f"{len(changed)}, {len(plain)}"]
-        rows.append([*row, *difference_cells(changed, plain, score), *leads])
-    head = ["environment", "with", "method", "seeds", "what it changes", "p"]
-    return table([*head, "DMA*-SH's lead without", "lead with", "change of the lead"], rows)
+            leads = [contrast([1, -1], sides[:2]), contrast([1, -1], sides[2:])]
+            leads.append(contrast([-1, 1, 1, -1], sides))
+            row += [cell(lead, digits_of(changed[0].env), "+") for lead in leads]
+        else:
+            row += ["", "", ""]
+        rows.append(row)
+    head = "environment | with | method | seeds | what it changes | p"
+    head += " | DMA*-SH's lead without | lead with | change of the lead"
+    return table(head, rows)
 
 
 CLAIMS = [  # what the paper says: the first arm is better than the second
@@ -337,14 +346,6 @@ CLAIMS = [  # what the paper says: the first arm is better than the second
     ("The critics' gradients harm the hypernetwork", OURS, f"{OURS}, critic_into_eta"),
     ("The gradients of both harm the hypernetwork", OURS, f"{OURS}, both_into_eta"),
 ]
-
-
-def verdict(difference, p):
-    if p >= LEVEL:
-        return "inconclusive"
-    if difference > 0:
-        return "consistent with the paper"
-    return "against it"
 
 
 @dataclass
@@ -384,7 +385,12 @@ def judged(runs, score):
             tested.append(of)
     for of, corrected in zip(tested, holm([of.p for of in tested])):
         of.corrected = corrected
-        of.verdict = verdict(of.estimate[0], corrected)
+        if corrected >= LEVEL:
+            of.verdict = "inconclusive"
+        elif of.estimate[0] > 0:
+            of.verdict = "consistent with the paper"
+        else:
+            of.verdict = "against it"
     return found
 
 
@@ -393,12 +399,12 @@ def claims_table(runs, score):
     rows = []
     for of in judged(runs, score):
         first = of.better[0]
-        setting = ", ".join(filter(None, [setting_of(first), first.departures]))
+        setting = joined(setting_of(first), first.departures)
         row = [of.claim, of.title, setting, f"{len(of.better)}, {len(of.worse)}"]
         row += [cell(of.estimate, digits_of(first.env), "+"), p_text(of.p)]
         rows.append([*row, p_text(of.corrected), of.verdict])
-    head = ["the paper says", "environment", "setting", "seeds", "difference", "p", "Holm's p"]
-    return table([*head, "verdict"], rows)
+    head = "the paper says | environment | setting | seeds | difference | p | Holm's p | verdict"
+    return table(head, rows)
 
 
 def claims_in_short(runs):
@@ -423,23 +429,17 @@ def scaled(runs, score):
     return (scores(runs, score) - nothing) / (largest(runs[0].env) - nothing)
 
 
-def mean_difference(pairs):
-    """The mean over environments, of equal weight, of the differences of two samples each."""
-    weights = [1 / len(pairs), -1 / len(pairs)] * len(pairs)
-    return contrast(weights, [sample for pair in pairs for sample in pair])
-
-
 def aggregates_table(runs):
     """DMA*-SH minus each method over the environments that have both, on the common scale.
 
     Of several blocks of an environment, that with most runs of the two counts.
     """
     found = {}
-    for _, arm, *pair in rivals_of_ours(runs):
-        first = pair[0][0]
-        pairs = found.setdefault((setting_of(first), arm), {})
-        known = not np.isnan(scaled(pair[0], "mean")).any()
-        if known and count(pair) > count(pairs.get(first.env, [])):
+    for _, *pair in rivals_of_ours(runs):
+        first = pair[1][0]
+        pairs = found.setdefault((setting_of(first), first.arm), {})
+        has_scale = not np.isnan(scaled(pair[1], "mean")).any()
+        if has_scale and sum(map(len, pair)) > sum(map(len, pairs.get(first.env, []))):
             pairs[first.env] = pair
     rows = []
     for (_, arm), pairs in found.items():
@@ -448,27 +448,22 @@ def aggregates_table(runs):
         row = [arm, len(pairs)]
         for score in ("mean", "eval_out"):
             of = {env: [scaled(side, score) for side in pair] for env, pair in pairs.items()}
-            row.append(cell(mean_difference(of.values()), 3, "+"))
+            row.append(cell(mean_difference(of), 3, "+"))
             row.append(figure(np.mean([probability_of_improvement(*x) for x in of.values()]), 2))
-            row += leaving_one_out(of)
+            without = {env: mean_difference(of, env)[0] for env in of}  # one left out
+            for env in (min(without, key=without.get), max(without, key=without.get)):
+                row.append(f"{figure(without[env], 3, '+')} without {env}")
         rows.append(row)
-    head = ["P(better)", "lowest, leaving one out", "highest"]
-    head = ["mean of the sets", *head, "extrapolation", *head]
-    return table(["DMA*-SH minus", "environments", *head], rows)
+    rest = "P(better) | lowest, leaving one out | highest"
+    head = f"DMA*-SH minus | environments | mean of the sets | {rest} | extrapolation | {rest}"
+    return table(head, rows)
 
 
-def count(pair):
-    return sum(map(len, pair))
-
-
-def leaving_one_out(pairs):
-    """The lowest and the highest difference without one of the environments."""
-    without = {}
-    for env in pairs:
-        rest = [pair for other, pair in pairs.items() if other != env]
-        without[env] = mean_difference(rest)[0]
-    ends = min(without, key=without.get), max(without, key=without.get)
-    return [f"{figure(without[env], 3, '+')} without {env}" for env in ends]
+def mean_difference(pairs, left_out=None):
+    """The mean over environments, of equal weight, of the differences of two samples each."""
+    samples = [side for env, pair in pairs.items() if env != left_out for side in pair]
+    weight = 2 / len(samples)
+    return contrast([weight, -weight] * (len(samples) // 2), samples)
 
 
 PAPER = {  # its returns, means of the three sets, at its own settings
@@ -500,8 +495,7 @@ def published_table(runs):
                 for sample in (scores(of, "mean"), [published_score(run) for run in of]):
                     row.append(cell(contrast([1], [sample]), digits_of(of[0].env)))
                 rows.append([*row, paper])
-    head = ["environment", "method", "seeds", "last evaluation", "published score", "paper"]
-    return table(head, rows)
+    return table("environment | method | seeds | last evaluation | published score | paper", rows)
 
 
 MAKERS = {
@@ -543,7 +537,11 @@ def report_text(runs):
     return "\n".join(parts)
 
 
-def report(places, experiments, out):
+def report(places, experiments, out, into, check):
+    """Writes report.md and the figures, or with `into` the tables of a document."""
+    if into:
+        fill(places, into, check)
+        return
     import compare_figures
 
     runs = reader.read_runs(places, experiments)
@@ -577,11 +575,11 @@ def fill(places, document, check):
     print(f"{document}: {count} tables")
 
 
-def add(places, experiment, folder):
+def add(places, experiment, to):
     """Puts finished runs into the tables of a folder, under the name of an experiment."""
     runs = []
-    if (folder / "runs.csv").exists():
-        runs = reader.read_tables(folder)
+    if (to / "runs.csv").exists():
+        runs = reader.read_tables(to)
     before = len(runs)
     for run in reader.read_runs(places):
         if run.finished:
@@ -591,8 +589,8 @@ def add(places, experiment, folder):
         else:
             print(f"{run.place}: not finished, left out")
     reader.refuse_doubles(runs)
-    reader.write_tables(folder, runs)
-    print(f"{folder}: {len(runs) - before} runs more, {len(runs)} in all")
+    reader.write_tables(to, runs)
+    print(f"{to}: {len(runs) - before} runs more, {len(runs)} in all")
 
 
 def measure_no_action(envs):
@@ -622,8 +620,7 @@ def plan(envs, methods, seeds, given):
     settings = vars(dmash.build_parser().parse_args(given))
     allowed = dmash.Config.__annotations__.keys() - {"env", "method", "seed"}
     for name in settings.keys() - allowed:
-        words = "--envs, --methods, --seeds, settings of a run"
-        raise BadInput(f"{dmash.flag(name)}: not here; allowed: {words}")
+        raise BadInput(f"{dmash.flag(name)}: not here; allowed: --envs, --seeds, settings of a run")
     if "threads" not in settings:  # several runs at once must not slow each other down
         given = [*given, "--threads", "1"]
     lines = []
@@ -634,13 +631,15 @@ def plan(envs, methods, seeds, given):
     print("\n".join(lines))
 
 
+COMMANDS = {"plan": plan, "add": add, "report": report, "no-action": measure_no_action}
+
+
 def build_parser():
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = dmash.Parser("compare.py", description=__doc__, **layout)
     modes = parser.add_subparsers(dest="mode", required=True)
-    names = ("plan", "add", "report", "no-action")
     for_plan, for_add, for_report, for_no_action = [
-        modes.add_parser(name, allow_abbrev=False) for name in names
+        modes.add_parser(name, allow_abbrev=False) for name in COMMANDS
     ]
     for_plan.epilog = "and settings: python dmash.py --help"
     several = {"nargs": "+", "required": True}
@@ -650,7 +649,7 @@ def build_parser():
     for_plan.add_argument("--seeds", type=seeds, **several, help="such as 1 2 or 11-15")
     about = "run folders, folders of these, or with runs.csv"
     for part in (for_add, for_report):
-        part.add_argument("runs", nargs="+", metavar="RUNS", help=about)
+        part.add_argument("places", nargs="+", metavar="RUNS", help=about)
     for_add.add_argument("--experiment", required=True, help="its name in the tables")
     for_add.add_argument("--to", type=Path, default=RESULTS, help="folder of tables (results)")
     for_report.add_argument("--experiments", nargs="+", help="of the tables only these")
@@ -662,18 +661,13 @@ def build_parser():
 
 def run_command(argv):
     args, given = build_parser().parse_known_args(argv)
-    if args.mode == "plan":
-        plan(args.envs, args.methods, args.seeds, given)
+    args = vars(args)
+    mode = args.pop("mode")
+    if mode == "plan":
+        args["given"] = given
     elif given:
         raise BadInput(f"unrecognized arguments: {' '.join(given)}")
-    elif args.mode == "add":
-        add(args.runs, args.experiment, args.to)
-    elif args.mode == "no-action":
-        measure_no_action(args.envs)
-    elif args.into:
-        fill(args.runs, args.into, args.check)
-    else:
-        report(args.runs, args.experiments, args.out)
+    COMMANDS[mode](**args)
 
 
 def main(argv=None):

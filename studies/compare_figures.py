@@ -7,7 +7,7 @@ DMA*-SH. The dashed line is what an agent earns that never acts.
 """
 
 import dataclasses
-import itertools
+import functools
 import operator
 
 import numpy as np
@@ -99,27 +99,29 @@ def contexts(run):
         places = [("number in its set", operator.itemgetter("index"), None)]
     kinds = sorted({tuple(row[name] for name in signs) for row in run.contexts}, reverse=True)
     columns = []
-    for kind, (label, place, trained) in itertools.product(kinds, places):
-        words = [WORDS.get(pair, f"{pair[0]} {pair[1]:g}") for pair in zip(signs, kind)]
-        points = points_of(signs, kind, place)
-        columns.append((", ".join(words), label, points, trained, 20))
+    for kind in kinds:
+        chosen = dict(zip(signs, kind))
+        words = [WORDS.get(pair, f"{pair[0]} {pair[1]:g}") for pair in chosen.items()]
+        title = ", ".join(words)
+        for label, place, trained in places:
+            points = functools.partial(places_and_returns, chosen, place)
+            columns.append((title, label, points, trained, 20))
     return columns
 
 
-def points_of(signs, kind, place):
-    """A function of a run: place and return for the contexts with these signs."""
-
-    def points(run):
-        rows = [row for row in run.contexts if tuple(row[name] for name in signs) == kind]
-        return [(place(row), row["return"]) for row in rows]
-
+def places_and_returns(signs, place, run):
+    """Points of a run, for the contexts with these signs."""
+    points = []
+    for row in run.contexts:
+        if signs.items() <= row.items():
+            points.append((place(row), row["return"]))
     return points
 
 
 def drawn(arms, idle, columns):
     arms = arms | {"no action": idle}
-    rows = [[label for label in arms if label in LOOKS]]
-    rows += [[OURS, label, "no action"] for label in arms if label not in LOOKS]
+    first = [label for label in arms if label in LOOKS]
+    rows = [first] + [[OURS, label, "no action"] for label in arms if label not in LOOKS]
     heights = [2.2] + [1] * (len(rows) - 1)
     size = 3.8 * len(columns), 1.7 * sum(heights) + 0.9
     figure = Figure(figsize=size, layout="constrained")
@@ -128,7 +130,7 @@ def drawn(arms, idle, columns):
     for row, labels in zip(axes, rows):
         row[0].set_ylabel("return")
         for ax, (title, _, points, trained, parts) in zip(row, columns):
-            if labels is not rows[0]:
+            if labels is not first:
                 title = labels[1]
             ax.set_title(title, fontsize="medium")
             for label in labels:

@@ -25,10 +25,10 @@ import aib_envs  # noqa: E402
 import dmash  # noqa: E402
 from dmash import SETS, BadInput  # noqa: E402
 
-SCORES = ("mean", *SETS)  # the mean is that of the three sets
 VERSIONS = ("version", "torch", "numpy", "mujoco", "gymnasium")
 UNTOLD = ("env", "method", "seed", "out")  # of config.json, these are no settings of a run
 TECHNICAL = ("threads", "device", "snapshots")  # runs that differ in these alone are compared
+OF_METRICS = ("step", "seconds", *SETS)  # columns of numbers that must be there
 TABLES = ("runs.csv", "metrics.csv", "contexts.csv.gz")
 
 
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def arm(self):
-        return ", ".join(filter(None, [self.label, self.departures]))
+        return joined(self.label, self.departures)
 
     @property
     def compared(self):
@@ -91,6 +91,11 @@ class Run:
 
     def last(self, score):
         return self.metrics[-1][score]
+
+
+def joined(*texts):
+    """The texts that are not empty, with commas between."""
+    return ", ".join(filter(None, texts))
 
 
 def paper_name(method):
@@ -112,9 +117,7 @@ def arm_rank(run):
 
 def place(name, table):
     """To sort by: the place of a name in a table, or after all of these."""
-    if name in table:
-        return list(table).index(name), name
-    return len(table), name
+    return [*table, name].index(name), name
 
 
 def group(items, key):
@@ -140,7 +143,7 @@ def distinct(places):
 # ---- One file ----------------------------------------------------------------------------------
 
 
-def read_table(path, numbers, texts=("set",), key=("step",)):
+def read_table(path, numbers, texts=("run", "set"), key=("step",)):
     """The rows of a CSV file as dicts, without empty cells.
 
     Columns in `texts` stay text, or all with `texts=None`. The others hold numbers. Those in
@@ -235,7 +238,7 @@ def read_run(folder):
     """The run in a folder. Before its first evaluation it has no tables."""
     metrics = []
     if (folder / "metrics.csv").exists():
-        metrics = read_table(folder / "metrics.csv", ("step", "seconds", *SETS))
+        metrics = read_table(folder / "metrics.csv", OF_METRICS)
     path = folder / "config.json"
     with dmash.reading(path):
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -290,11 +293,9 @@ def check_contexts(run, path):
 
 def read_tables(folder):
     paths = [folder / name for name in TABLES]
-    numbers = ("step", "seconds", *SETS)
-    metrics = read_table(paths[1], numbers, texts=("run",), key=("run", "step"))
+    metrics = read_table(paths[1], OF_METRICS, key=("run", "step"))
     metrics = group(metrics, lambda row: row.pop("run"))
-    key = ("run", "set", "index")
-    contexts = read_table(paths[2], ("index", "return"), texts=("run", "set"), key=key)
+    contexts = read_table(paths[2], ("index", "return"), key=("run", "set", "index"))
     contexts = group(contexts, lambda row: row.pop("run"))
     runs = []
     for row in read_table(paths[0], (), texts=None, key=("run",)):
