@@ -20,27 +20,27 @@ this checkout is the faster.
 
 import argparse
 import contextlib
-import json
-import subprocess
+import copy
+import importlib
+import multiprocessing
 import sys
 import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import mujoco
 import numpy as np
 import torch
+from runs import aib_envs, dmash
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
-
-PHASES = ["acting", "environments", "batch", "dynamics", "critic", "actor", "targets", "rest"]
+PHASES = "acting environments batch dynamics critic actor targets rest".split()
 STEPS = 20  # gradient steps in a turn
 TURNS = 30  # of each checkout
 METHOD_TURNS = 5
-UNUSED = ("quick", "steps", "out", "eval_every", "eval_rollouts", "rollouts", "snapshots")
-UNUSED += ("random_steps",)  # settings without effect here
+# settings without effect here
+UNUSED = "quick steps random_steps out eval_every eval_rollouts rollouts snapshots".split()
 
 
 def warm_run(cfg):
@@ -137,21 +137,20 @@ def vector_step_times(env, contexts, steps=300):
     """
     envs = aib_envs.VectorEnv(env, aib_envs.context_sets(env, contexts)["train"], seed=0)
     envs.reset()
-    twin = aib_envs.lookup(env).cls(envs.task.contexts)
-    twin.set_state(envs.task.state())
+    twin = copy.deepcopy(envs.task)
     has_models = isinstance(twin, aib_envs.MujocoTask)
     vector, bare = [], []
     for actions in np.random.default_rng(0).uniform(-1, 1, (steps, contexts, envs.d_a)):
         begin = time.perf_counter()
         envs.step(actions)
-        middle = time.perf_counter()
+        vector.append(time.perf_counter() - begin)
         if has_models:
+            begin = time.perf_counter()
             for model, data, action in zip(twin.models, twin.datas, actions):
                 data.ctrl = action
                 mujoco.mj_step(model, data, twin.SUBSTEPS)
-        vector.append(1e3 * (middle - begin))
-        bare.append(1e3 * (time.perf_counter() - middle))
-    return float(np.median(vector)), float(np.median(bare)) if has_models else None
+            bare.append(time.perf_counter() - begin)
+    return 1e3 * np.median(vector), 1e3 * np.median(bare) if has_models else None
 
 
 def print_methods(settings):
@@ -165,12 +164,11 @@ def print_methods(settings):
     cfg = runs["da"].cfg
     median = f"median of {len(turns)} turns of {STEPS} gradient steps"
     print(f"{cfg.env}, {cfg.threads} threads on {cfg.device}: {median}")
-    row = "{:<16} {:<9} {:>7} {:>6} {:>11} {:>6}"
-    print(row.format("--method", "paper", "steps/s", "of da", "parameters", "of da"))
+    print("--method         paper     steps/s  of da  parameters  of da")
     for name, method in dmash.METHODS.items():
-        cells = [name, method.paper, f"{rate[name]:.1f}", f"{rate[name] / rate['da']:.2f}"]
-        cells += [f"{size[name]:,}", f"{size[name] / size['da']:.2f}"]
-        print(row.format(*cells))
+        speed = f"{rate[name]:7.1f} {rate[name] / rate['da']:6.2f}"
+        parameters = f"{size[name]:11,} {size[name] / size['da']:6.2f}"
+        print(f"{name:<16} {method.paper:<9} {speed} {parameters}")
 
 
 def size_of(agent):
@@ -180,47 +178,36 @@ def size_of(agent):
 
 def print_environments():
     """A row per environment: a step of 20 contexts, and the bare mj_step calls in it."""
-    row = "{:<18} {:>14} {:>16} {:>6}"
-    print(row.format("--env", "vector step, ms", "bare mj_step, ms", "ratio"))
+    print("--env              vector step, ms bare mj_step, ms  ratio")
     for env in aib_envs.ENVS:
         if env.startswith("ode_"):
             continue
         vector, bare = vector_step_times(env, 20)
-        cells = ["–", "–"]
+        bare_and_ratio = f"{'–':>16} {'–':>6}"
         if bare is not None:
-            cells = [f"{bare:.2f}", f"{vector / bare:.2f}"]
-        print(row.format(env, f"{vector:.2f}", *cells), flush=True)
+            bare_and_ratio = f"{bare:16.2f} {vector / bare:6.2f}"
+        print(f"{env:<18} {vector:14.2f} {bare_and_ratio}", flush=True)
 
 
 # ---- Checkout against checkout ------------------------------------------------------------------
-
-WORK = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import dmash, benchmark
-benchmark.work(sys.argv[2])
-"""
 
 
 def print_against(folder, settings):
     """Milliseconds per gradient step of this checkout and of the one in `folder`, and the ratio."""
     if not (folder / "dmash.py").is_file():
         raise dmash.BadInput(f"--against {folder}: no dmash.py there")
-    cfg, here = dmash.Config(**settings), Path(__file__).resolve().parent
-    folders = {"this checkout": here.parent, "the other": folder.resolve()}
+    cfg, here = dmash.Config(**settings), Path(dmash.__file__).parent
+    folders = {"this checkout": here, "the other": folder.resolve()}
     workers, ms = [], np.zeros((TURNS, len(folders)))
     with contextlib.ExitStack() as stack:
         for place in folders.values():
-            command = [sys.executable, "-c", WORK, str(place), json.dumps(asdict(cfg))]
-            pipes = dict(cwd=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            workers.append(stack.enter_context(subprocess.Popen(command, **pipes)))
-        for worker in workers:
-            if worker.stdout.readline() != "ready\n":
-                raise dmash.BadInput(f"--against {folder}: its code does not run")
+            fresh = multiprocessing.get_context("spawn")
+            workers.append(stack.enter_context(ProcessPoolExecutor(1, fresh)))
+            with dmash.reading(f"--against {folder}: its code"):
+                workers[-1].submit(begin_run, str(place), asdict(cfg)).result()
         for of_turn in ms:
             for i, worker in enumerate(workers):
-                print(STEPS, file=worker.stdin, flush=True)
-                of_turn[i] = float(worker.stdout.readline()) / STEPS * 1e3
+                of_turn[i] = worker.submit(take_turn, STEPS).result() / STEPS * 1e3
     turns = f"{len(ms)} turns of {STEPS} gradient steps"
     print(f"{cfg.env}, {cfg.method}, {cfg.threads} threads on {cfg.device}: {turns}")
     for (name, place), median in zip(folders.items(), np.median(ms, 0)):
@@ -229,18 +216,23 @@ def print_against(folder, settings):
     print(f"{'ratio':<14} {middle:8.3f} (median; quartiles {low:.3f} and {high:.3f})")
 
 
-def work(settings):
-    """A process of --against, with the dmash of another folder.
+def begin_run(folder, settings):
+    """In a process of its own: from now on dmash is that of a folder. A run begins with it.
 
-    It says that it is ready, then answers each number of gradient steps with their seconds.
-    Settings that its dmash does not have are left out.
+    Settings that this dmash does not have are left out.
     """
+    global dmash, run
+    del sys.modules["dmash"], sys.modules["aib_envs"]
+    warnings.simplefilter("ignore")  # that its environments are registered for the second time
+    sys.path.insert(0, folder)
+    dmash = importlib.import_module("dmash")
     known = {f.name for f in fields(dmash.Config)}
-    settings = {name: value for name, value in json.loads(settings).items() if name in known}
+    settings = {name: value for name, value in settings.items() if name in known}
     run = warm_run(dmash.Config(**settings))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(seconds_of(run, int(line)), flush=True)
+
+
+def take_turn(steps):
+    return seconds_of(run, steps)
 
 
 # ---- Command line -------------------------------------------------------------------------------
