@@ -49,8 +49,7 @@ import numpy as np
 import torch
 from runs import aib_envs, dmash
 
-PUBLISHED = ["included", "terminal", "fresh", "apart"]
-PUBLISHED += ["same_index", "same_start", "finished", "epsilon"]
+PUBLISHED = "included terminal fresh apart same_index same_start finished epsilon".split()
 INTO_ETA = {  # which losses reach η
     "critic_into_eta": ["critic"],
     "actor_into_eta": ["actor"],
@@ -80,8 +79,7 @@ class Config(dmash.Config):
         if "published" in names:
             names = names - {"published"} | set(PUBLISHED)
         for name in sorted(names - set(DEPARTURES)):
-            allowed = ["published", *DEPARTURES]
-            raise dmash.BadInput(aib_envs.unknown("departure", name, allowed))
+            raise dmash.BadInput(aib_envs.unknown("departure", name, ["published", *DEPARTURES]))
         self.names = names
         self.departures = "+".join(sorted(names))
         if names == set(PUBLISHED):
