@@ -3,21 +3,16 @@
 import copy
 import dataclasses
 import itertools
-import sys
-from pathlib import Path
 
+import departures
 import pytest
 import torch
+from untrained import SMALL
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
-import departures  # noqa: E402
-
-import aib_envs  # noqa: E402
-import dmash  # noqa: E402
+import aib_envs
+import dmash
 
 K, T = 24, 100  # of di_inv
-SMALL = dict(env="di_inv", contexts=4, threads=1, hidden=8, hyper_hidden=8, bottleneck=4)
 
 
 def trained(folder, steps=120, **settings):
@@ -25,7 +20,7 @@ def trained(folder, steps=120, **settings):
 
     Then the time of each transition takes the place of its reward.
     """
-    small = SMALL | dict(batch=64, subsample=1, encoder_hidden=8, seed=3)
+    small = SMALL | dict(env="di_inv", batch=64, subsample=1, seed=3, policy_average=0)
     run = dmash.Run(dmash.Config(**small | settings), folder)
     for _ in range(150):
         run.rollout.collect(random=True)
@@ -68,6 +63,11 @@ def noted(monkeypatch):
     return note
 
 
+def assert_equal(found, expected):
+    """Weights by name, bit for bit."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["dma_star_sh", "dma_pearl", "concat"])
 def test_without_a_departure_nothing_changes(method, tmp_path):
     plain = trained(tmp_path, method=method)
@@ -75,9 +75,7 @@ def test_without_a_departure_nothing_changes(method, tmp_path):
         other = trained(tmp_path, method=method)
     assert type(other.agent) is departures.Agent
     assert torch.equal(other.rollout.replay.rows, plain.rollout.replay.rows)
-    weights = plain.agent.state_dict()
-    for name, weight in other.agent.state_dict().items():
-        assert torch.equal(weight, weights[name]), name
+    assert_equal(other.agent.state_dict(), plain.agent.state_dict())
 
 
 @departs("dma_star_sh.included", "dma_star.published")
@@ -92,9 +90,8 @@ def test_included_windows_end_with_the_transition_itself(departing):
 
 @departs("dma_star_sh.terminal", "concat.terminal+same_index")
 def test_terminal_targets_end_where_episodes_end(departing):
-    replay, agent = departing.rollout.replay, departing.agent
+    agent, batch = departing.agent, departing.rollout.replay.sample(2048)
     before = copy.deepcopy(agent)
-    batch = replay.sample(2048)
     ends = (batch.r == K + T - 1) | (batch.r == 2 * (K + T) - 1)
     assert 0 < ends.sum() < 200
     torch.manual_seed(0)
@@ -113,37 +110,33 @@ def test_terminal_targets_end_where_episodes_end(departing):
 def test_fresh_draws_give_each_loss_a_code_of_its_own(departing, noted):
     agent, batch = departing.agent, departing.rollout.replay.sample(64)
     inferred = noted(agent, "infer")
-    losses = [
-        noted(departures.plain, f"{name}_loss") for name in ("critic", "actor", "temperature")
-    ]
+    critic = noted(departures.plain, "critic_loss")
+    actor = noted(departures.plain, "actor_loss")
+    temperature = noted(departures.plain, "temperature_loss")
     agent.update(batch, 2)
-    windows = [args[0] for args, _ in inferred]
+    windows = [tau for (tau, *_), _ in inferred]
     assert len(windows) == (5 if agent.method.kl else 4)  # one more for the KL term
     for one, other in itertools.combinations(windows, 2):
         assert not torch.equal(one, other)
         assert torch.equal(one.sort(1).values, other.sort(1).values)  # of the same windows
-    critic, actor, temperature = losses
-    used = [critic[0][0][4], actor[0][0][3], actor[1][0][3]]
-    for (_, (_, omega)), found in zip(inferred[-3:], used):
+    used = [args[-3] for args, _ in critic] + [args[-2] for args, _ in actor]
+    for (_, (_, omega)), found in zip(inferred[-3:], used, strict=True):
         assert torch.equal(omega[0], found[0])
         assert not found[0].requires_grad
-    for (_, (_, log_prob)), ((_, fresh, _), _) in zip(actor, temperature):
+    for (_, (_, log_prob)), ((_, fresh, _), _) in zip(actor, temperature, strict=True):
         assert not fresh.requires_grad
         assert not torch.allclose(log_prob, fresh)
 
 
-@departs("dma_star_sh.apart", "dma_star.published")
+@departs("dma_star_sh.apart")
 def test_warm_ups_apart_fill_windows_but_no_batch(departing, noted):
     rollout, replay = departing.rollout, departing.rollout.replay
     # 150 random steps without a warm-up, the rest of that episode, then a warm-up and an episode
     assert replay.t == 150 + 120 + K
     episodes = {*range(K, 2 * T), *range(2 * T + K, replay.t)}
-    if "finished" in rollout.names:
-        episodes = set(range(K, 2 * T))
     assert set(replay.sample(4096).r.tolist()) == episodes
-    n, first = torch.zeros(1, dtype=torch.long), torch.tensor([2 * T + K])
-    warm_up = replay.rows[2 * T : 2 * T + K, 0, :-1]
-    assert torch.equal(replay.windows(n, first, False)[0], warm_up)
+    window = replay.windows(torch.tensor([0]), torch.tensor([2 * T + K]), noisy=False)
+    assert torch.equal(window[0], replay.rows[2 * T : 2 * T + K, 0, :-1])  # all of the warm-up
     acted = noted(departing.agent, "act")
     rollout.begin_episode()
     rollout.step()
@@ -156,34 +149,31 @@ def test_warm_ups_apart_fill_windows_but_no_batch(departing, noted):
 @departs("dma_star.same_index", "dr.same_index", "dma_star_sh.published")
 def test_same_index_draws_the_same_times_in_all_contexts_but_the_first(departing):
     times = departing.rollout.replay.sample(48).r.view(4, 12)
-    assert torch.equal(times[1], times[2])
-    assert torch.equal(times[1], times[3])
+    assert (times[1:] == times[1]).all()
     assert not torch.equal(times[0], times[1])
     assert len(times.unique()) > 15
 
 
 @departs("dma_star.same_start", "concat.published")
 def test_same_start_in_training_and_evaluation(departing, noted):
-    def starts_of(calls):
-        starts = [s for _, s in calls]
-        for s in starts:
+    def distinct_starts():
+        for _, s in resets:
             assert (s == s[0]).all()
-        return {tuple(s[0]) for s in starts}
+        return len({tuple(s[0]) for _, s in resets})
 
     resets = noted(aib_envs.VectorEnv, "reset")
     for _ in range(3):
         departing.rollout.reset()
-    assert len(starts_of(resets)) == 3
-    resets.clear()
+    assert distinct_starts() == 3
     contexts = aib_envs.context_sets("di_inv", 4)["eval_out"]
     returns, diverged = dmash.evaluate(departing.agent, departing.cfg, contexts, rollouts=2)
     assert returns.shape == diverged.shape == (4, 2)
-    assert len(starts_of(resets)) == 4  # a warm-up and an episode each
+    assert distinct_starts() == 3 + 4  # a warm-up and an episode each
     first, _ = dmash.evaluate(departing.agent, departing.cfg, contexts)
     assert (first[:, 0] == returns[:, 0]).all()
-    assert len(starts_of(resets)) == 4
+    assert distinct_starts() == 3 + 4
     dmash.evaluate(departing.agent, departing.cfg, contexts, seed=4)
-    assert len(starts_of(resets)) == 6
+    assert distinct_starts() == 3 + 6
 
 
 def test_a_ring_that_wraps_around(tmp_path):
@@ -223,7 +213,7 @@ def test_epsilon_in_the_log_probability(departing):
 def test_rl_losses_that_reach_eta_are_stepped_as_by_hand(departing):
     """An update with the policy against one by hand, in which each loss has an Adam of its own."""
     cfg = departing.cfg
-    name, lr = cfg.departures, cfg.dynamics_lr
+    name = cfg.departures
     agent = dmash.new_agent(cfg)  # its Adam begins with averages of zero
     hand = dmash.new_agent(dataclasses.replace(cfg, departures=""))
     for one in (agent, hand):
@@ -234,7 +224,7 @@ def test_rl_losses_that_reach_eta_are_stepped_as_by_hand(departing):
 
     into_eta = {"critic_into_eta": ["critic"], "both_into_eta": ["critic", "actor"]}
     into_eta = into_eta.get(name, ["actor"])
-    adams = {loss: torch.optim.Adam(hand.h.parameters(), lr) for loss in into_eta}
+    adams = {loss: torch.optim.Adam(hand.h.parameters(), cfg.dynamics_lr) for loss in into_eta}
 
     def minimise(name, loss):
         hand.zero_grad()
@@ -244,12 +234,11 @@ def test_rl_losses_that_reach_eta_are_stepped_as_by_hand(departing):
             adams[name].step()
 
     def omega_for(name):
-        return hand.h(z) if name in adams else omega.detach()
+        return hand.h(z.detach()) if name in adams else omega.detach()
 
     torch.manual_seed(0)
     z, omega = hand.infer(batch.tau, True)
-    z = z.detach()
-    minimise("dynamics", (hand.f(batch.s, batch.a, omega) - batch.ds).square().mean())
+    minimise("dynamics", dmash.dynamics_loss(hand.f, omega, batch))
     networks = hand.pi, hand.Q, hand.Q_target, hand.alpha
     minimise("critic", dmash.critic_loss(*networks, omega_for("critic"), batch, 0.99))
     for _ in range(2):
@@ -258,8 +247,7 @@ def test_rl_losses_that_reach_eta_are_stepped_as_by_hand(departing):
         for_critics = told.detach() if name == "through_pi" else told
         q = hand.Q(batch.s, a, for_critics).amin(1)
         minimise("actor", (hand.alpha * log_prob - q).mean())
-        entropy_missing = log_prob.detach().mean() - 2
-        minimise("temperature", -hand.log_alpha.exp() * entropy_missing)
+        minimise("temperature", dmash.temperature_loss(hand.log_alpha, log_prob.detach(), -2))
     for (weight, found), expected in zip(agent.named_parameters(), hand.parameters()):
         if not weight.startswith("Q_target"):
             assert torch.allclose(found, expected, atol=1e-6), weight
@@ -272,11 +260,14 @@ def test_scaled_contexts_span_one_in_training_and_more_beyond(departing, noted):
     assert c.amax(0).tolist() == [1, 1]
     assert torch.equal(departing.rollout.step()[3], c)  # what acting is told
     low, high = aib_envs.MASS.train
-    contexts = [{"mass": high, "action_factor": -1.0}, {"mass": low, "action_factor": 1.0}]
-    contexts.append({"mass": high + (high - low), "action_factor": 1.0})
+    contexts = [
+        {"mass": high, "action_factor": -1.0},
+        {"mass": low, "action_factor": 1.0},
+        {"mass": high + (high - low), "action_factor": 1.0},
+    ]
     acted = noted(departing.agent, "act")
     dmash.evaluate(departing.agent, departing.cfg, contexts)
-    _, told, _ = acted[0][0]
+    (_, told, _), _ = acted[0]
     assert torch.allclose(told, torch.tensor([[1.0, -1], [-1, 1], [3, 1]]))
 
 
@@ -284,7 +275,7 @@ def test_scaled_contexts_span_one_in_training_and_more_beyond(departing, noted):
 
 
 SHORT = [f"{dmash.flag(name)}={value}" for name, value in SMALL.items()]
-SHORT += "--batch 16 --random-steps 130 --rollouts 1 --eval-every 2".split()
+SHORT += "--env di_inv --random-steps 130 --rollouts 1 --eval-every 2".split()
 
 
 @pytest.mark.parametrize(
@@ -311,9 +302,8 @@ def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(words, run, tmp_p
     assert departures.main([f"--eval={parts}", "--rollouts=1"]) == 0
     assert f"di_inv, {run.partition('.')[0]}, seed 1, step 4, " in capsys.readouterr().out
     assert vars(dmash) == before
-    weights = dmash.load(whole / "checkpoint.pt")["agent"]
-    for name, weight in dmash.load(parts / "checkpoint.pt")["agent"].items():
-        assert torch.equal(weight, weights[name]), name
+    found = dmash.load(parts / "checkpoint.pt")["agent"]
+    assert_equal(found, dmash.load(whole / "checkpoint.pt")["agent"])
 
 
 @pytest.mark.parametrize(
@@ -328,6 +318,5 @@ def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(words, run, tmp_p
 def test_bad_input_is_one_line(words, message, tmp_path, capsys):
     assert departures.main([*SHORT, f"--out={tmp_path}", *words.split()]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("departures.py: error: ")
-    assert message in said
+    assert said.startswith(f"departures.py: error: {message}")
     assert said.count("\n") == 1
