@@ -146,9 +146,9 @@ def vector_step_times(env, contexts, steps=300):
         vector.append(time.perf_counter() - begin)
         if has_models:
             begin = time.perf_counter()
-            for model, data, action in zip(twin.models, twin.datas, actions):
+            for data, action in zip(twin.datas, actions):
                 data.ctrl = action
-                mujoco.mj_step(model, data, twin.SUBSTEPS)
+                mujoco.mj_step(data.model, data, twin.SUBSTEPS)
             bare.append(time.perf_counter() - begin)
     return 1e3 * np.median(vector), 1e3 * np.median(bare) if has_models else None
 
