@@ -149,18 +149,20 @@ def test_undone_is_one_where_the_policy_undoes_the_mode(env, undoing):
     assert (found["undone"] > 1 - 1e-6) == undoing
 
 
-def test_a_cell_of_the_cross_table_is_acting_in_one_context_told_of_another(monkeypatch):
+def test_a_cell_of_the_cross_table_is_acting_in_one_context_told_of_another(seen, monkeypatch):
     monkeypatch.setattr(inside, "CROSS_EPISODES", 2)
     monkeypatch.setattr(aib_envs.DoubleIntegrator, "reward", lambda task: task.state()[:, 0])
     agent = untrained("concat")
     contexts = inside.Space("di_inv").few
     returns = inside.cross_table(agent, contexts)
+    _, (starts, *_) = seen[agent.cfg.K]  # of the episodes whose ω is read
     for c, told, episode in ((1, 5, 0), (4, 0, 1), (2, 2, 1)):
         envs = aib_envs.VectorEnv("di_inv", [contexts[c]], seed=0)
         envs.rngs = [np.random.default_rng([agent.cfg.seed, 3, episode, c])]
         rollout = dmash.Rollout(agent, envs, noisy=False)
         rollout.replay.c = torch.tensor([list(contexts[told].values())])
         rollout.reset()
+        assert torch.equal(rollout.s[0], starts[6 * (1 - episode) + c])  # of another episode
         total = 0
         while not rollout.done:
             _, _, r, _ = rollout.step()
