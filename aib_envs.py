@@ -433,25 +433,21 @@ class DoubleIntegrator(Task):
         position = corner * rng.uniform(0.8, 1.0, size=2)
         return np.concatenate([position, np.zeros(2)])
 
-    @property
-    def p(self):
-        return self.s[:, :2]
-
     def advance(self, actions):
         mass = self.c["mass"]
         keep = 1 - self.dt * self.c.get("friction", 0) / mass
         v = self.s[:, 2:]
         # The position moves with the old velocity.
-        p = self.p + self.dt * v
+        p = self.s[:, :2] + self.dt * v
         v = v * keep[:, None] + self.dt * actions / mass[:, None]
         self.s = np.hstack([p, v]).clip(-1, 1)
 
     def reward(self):
-        return (np.linalg.norm(self.p, axis=-1) <= self.GOAL_RADIUS).astype(float)
+        return (np.linalg.norm(self.s[:, :2], axis=-1) <= self.GOAL_RADIUS).astype(float)
 
     def picture(self, i):
         goal = np.zeros(2)
-        p = self.p[i]
+        p = self.s[i, :2]
         shapes = [Shape(goal, goal, self.GOAL_RADIUS, GREEN), Shape(p, p, 0.05, BLUE)]
         return View(goal, 2.4), shapes
 
@@ -484,10 +480,6 @@ class ODE(Task):
     def initial_state(self, i, rng):
         return rng.uniform(-1.0, 1.0, size=1)
 
-    @property
-    def x(self):
-        return self.s[:, 0]
-
     def advance(self, actions):
         a = actions[:, 0] + 1j * actions[:, 1]
         # `get`, as a context may also be a sign: then there are fewer coefficients than contexts.
@@ -496,11 +488,11 @@ class ODE(Task):
         self.s = np.clip(self.s + self.dt * slope[:, None], -self.high, self.high)
 
     def reward(self):
-        reached = [np.abs(self.x) < below for below in self.TIERS]
+        reached = [np.abs(self.s[:, 0]) < below for below in self.TIERS]
         return np.select(reached, list(self.TIERS.values()))
 
     def picture(self, i):
-        x = np.array([self.x[i], 0.0])
+        x = np.array([self.s[i, 0], 0.0])
         goal = np.array([min(self.TIERS), 0.0])
         end = np.array([self.high, 0.0])
         shapes = [
@@ -605,7 +597,7 @@ class MujocoTask(Task):
                 mujoco.mj_step1(data.model, data)
         self.measure()
 
-    def random_pose(self, i, rng):
+    def initial_state(self, i, rng):
         """At rest, limited joints uniform in their range and unlimited hinges in [-π, π]."""
         model = self.datas[i].model
         state = np.zeros(self.state_size)
@@ -764,7 +756,7 @@ class Reacher(MujocoTask):
         super().reset(rngs)
 
     def initial_state(self, i, rng):
-        state = self.random_pose(i, rng)
+        state = super().initial_state(i, rng)
         angle = rng.uniform(0, 2 * np.pi)
         radius = rng.uniform(0.05, 0.2)
         self.target[i] = radius * np.sin(angle), radius * np.cos(angle)
@@ -1071,9 +1063,6 @@ class Walker(MujocoTask):
         right = torso - self.qpos[:, 3:6].cumsum(-1)
         left = torso - self.qpos[:, 6:9].cumsum(-1)
         return np.hstack([torso, right, left])
-
-    def initial_state(self, i, rng):
-        return self.random_pose(i, rng)
 
     def observation(self):
         angles = self.angles()

@@ -745,7 +745,7 @@ def test_an_evaluation_that_diverges_is_told_and_training_goes_on(
 
     def fly_off(task, actions):
         advance(task, actions)
-        task.x[task.c["c0"] < -9] = np.nan
+        task.s[task.c["c0"] < -9] = np.nan
 
     monkeypatch.setattr(aib_envs.ODE, "advance", fly_off)
     folder = train(tmp_path)
