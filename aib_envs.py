@@ -10,7 +10,7 @@ same during an episode, and it changes the dynamics.
     envs = VectorEnv("cartpole_inv", sets["train"], seed=0)   # side by side, as dmash.py trains
     gymnasium.make("aib_envs:aib/cartpole_inv-v0", length=0.7, action_factor=-1)
     gymnasium.make_vec("aib_envs:aib/cartpole_inv-v0", num_envs=20, contexts="train")
-    make("gymnasium:Pendulum-v1", action_factor=-1)           # Gymnasium's, without terminal state
+    make("gymnasium:Pendulum-v1", action_factor=-1)           # any that never terminates
 
 Three kinds of environments, by what one policy that ignores the context can reach:
 - overlapping: such a policy does well in every context;
@@ -65,7 +65,7 @@ To add an environment, write a subclass of `Task` in a module, say my_module.py,
 
     class Sliders(aib_envs.Task):                  # DoubleIntegrator is a short example
         d_s, d_a, state_size, dt = 6, 3, 6, 0.05
-        multiplies = aib_envs.Task.multiplies | {"sign_z": [2]}
+        multiplies = aib_envs.Task.multiplies | {"sign_z": [2]}  # it has sign_x and sign_y
         ...                                        # the abstract methods of Task
 
     GAIN = aib_envs.ContextDim("gain", 1.0, (0.5, 1.5), (0.1, 2.0))
@@ -77,7 +77,8 @@ add a dimension to an environment of this file, subclass its task and register a
 old dimensions and the new one. A dimension acts in one of three ways:
 - `advance` reads self.c["gain"], an array with one value per instance;
 - a `MujocoTask` writes it into its model, in `xml` or `model`;
-- `multiplies` names the actuators whose action it multiplies, as for the new sign above.
+- `multiplies` names the entries of the action that it multiplies, as for the new sign above.
+A dimension in none of these ways has no effect, and nothing tells so.
 
 The order of this file:
 - the contexts and the context sets;
@@ -190,6 +191,8 @@ def context_sets(env_id: str, n: int = 20, seed: int = 0) -> dict[str, list[dict
     all their combinations, the last dimension changing fastest. With one or two continuous
     dimensions, a set takes `n` evenly spaced entries of the mesh. With more, it takes `n` random
     entries, by a generator seeded with `seed`. An `n` above the size of the mesh repeats entries.
+    With two continuous dimensions and some `n`, such as 8 or 50, the entries are those of the
+    mesh's diagonal: where one dimension is large, so is the other. With 20 they are not.
 
     Context i has combination i of the binary values, modulo their number. The paper's 20 contexts
     are an exception: there a single binary dimension is the last axis of the mesh. With one
@@ -259,7 +262,8 @@ class Task(ABC):
 
     Arrays have one row per instance, unless a method takes the number i of one instance.
     A subclass gives the sizes and `dt`, and defines the abstract methods. The physical state is
-    `s`, unless it redefines `set_state` and `state`.
+    `s`, unless the subclass redefines `set_state` and `state`. `reset`, `set_state` and `advance`
+    assign new arrays to attributes, since copies made by `with_contexts` share the old ones.
     """
 
     d_s: int  # size of an observation
@@ -268,9 +272,9 @@ class Task(ABC):
     dt: Any  # s, the time of a step: a number, or a property that gives one
     high: Any = inf  # the largest observation: a number, or one per element
     low: Any = None  # the smallest one; None: the negative of the largest
-    target_size = 0  # size of reset's options["target"]; 0: there is no target
-    # For each dimension that multiplies actions: its actuators, a slice or a list of numbers below
-    # d_a. -1 inverts them. Only dimensions registered for the id have an effect.
+    target_size = 0  # size of options["target"] in `ContextualEnv.reset`; 0: there is no target
+    # For each dimension that multiplies actions: the entries of the action, before any swap, as a
+    # slice or a list of numbers below d_a. -1 inverts. Only dimensions registered for the id act.
     multiplies: dict[str, Any] = {"action_factor": slice(None), "sign_x": [0], "sign_y": [1]}
 
     @abstractmethod
@@ -318,8 +322,7 @@ class Task(ABC):
     def with_contexts(self, contexts):
         """A copy of this task in other contexts. It needs `set_state` or `reset` before a step.
 
-        The copy is shallow and calls `build` again. So a task assigns new arrays, and never writes
-        into old ones. A context that cannot be built is a ValueError.
+        The copy is shallow and calls `build` again. A context that cannot be built is a ValueError.
         """
         other = copy.copy(self)
         # Not __init__ of the subclass: the copy keeps what does not depend on the contexts.
@@ -705,6 +708,7 @@ class Reacher(MujocoTask):
     0.05 Nm, each in [-1, 1]. Reward: 1 while the finger touches the target, else 0.
     Start: at rest, shoulder uniform in ±π rad, wrist in ±2.79 rad; the target 0.05 to 0.2 m from
     the shoulder. Context: length (scales both links, without a unit), and action_factor or swap.
+    With a length below 0.58 (hard reacher: 0.73), some targets are out of reach.
     """
 
     d_s = 6
@@ -799,7 +803,8 @@ class BallInCup(MujocoTask):
 
     Action: forces x, z on the cup, in units of 5 N, each in [-1, 1].
     Reward: 1 while the ball is in the cup, else 0. Start: at rest, the ball at x uniform in ±0.2,
-    z in [0.2, 0.5], where it touches nothing. Context: gravity (m/s²), distance (the string, m).
+    z in [0.2, 0.5], where it touches nothing; a string below 0.3 m may be stretched there.
+    Context: gravity (m/s²), distance (the string, m).
     """
 
     d_s = 8
@@ -1206,7 +1211,7 @@ class GymnasiumTask(Task):
         return np.zeros(0)
 
     def advance(self, actions):
-        # `Task.step` multiplied by action_factor; the strength may go beyond the bounds once more.
+        # `Task.step` multiplied by action_factor and clipped. The strength scales what was clipped.
         actions = np.clip(actions * self.c["actuator_strength"][:, None], -1, 1)
         self.seen, self.r, terminated, truncated, _ = self.envs.step(actions.astype(np.float32))
         if terminated.any() or truncated.any():
@@ -1269,9 +1274,9 @@ def gymnasium_spec(gymnasium_id):
 class VectorEnv:
     """One instance per context, reset and stepped together, as dmash.py trains.
 
-    The horizon is the same everywhere, so that all episodes end together. Each instance has its own
-    generator, spawned from `seed` by numpy's SeedSequence. This class keeps no rules of Gymnasium.
-    Its subclass `ContextualEnv` does.
+    It is no gymnasium.vector.VectorEnv: `step` returns observations, rewards, and whether all
+    episodes end, which they do together. Each instance has its own generator, spawned from `seed`
+    by numpy's SeedSequence. The subclass `ContextualEnv` keeps Gymnasium's rules.
     """
 
     def __init__(self, env_id: str, contexts: Contexts, seed: Any):
@@ -1325,7 +1330,7 @@ class VectorEnv:
         return self.task.with_contexts(contexts)
 
     def state_dict(self):
-        """All that the next steps and resets depend on but the contexts, as lists and numbers."""
+        """All that the next steps and resets need, except the contexts, as lists and numbers."""
         snapshot = None
         if self.t is not None:
             snapshot = self.task.snapshot().tolist()
@@ -1352,7 +1357,7 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
     truncates by its own TimeLimit. A bad value is a ValueError.
 
     reset(options={"state": array, "target": (x, y), "context": {...}}) takes three options: the
-    state to start from, the reacher's target, and context values to change.
+    state to start from, the reacher's target, and context values to change from now on.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # Gymnasium's name for pictures
@@ -1422,7 +1427,8 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
 def make(env_id: str, **options: Any) -> ContextualEnv:
     """The environment in the context given by name; what is not named has its default.
 
-    Like an environment of gymnasium.make, it has a `spec` from which others can make it anew.
+    Like an environment of gymnasium.make, it has a `spec` from which others can make it anew, but
+    for the ids "gymnasium:...".
     """
     options = {"horizon": lookup(env_id).horizon} | options
     env = ContextualEnv(env_id, **options)
@@ -1468,7 +1474,7 @@ class ContextualVectorEnv(gymnasium.vector.SyncVectorEnv):
         super().__init__(makers)
 
     def reset(self, *, seed=None, options=None):
-        """options={"contexts": [...]}: context values to change, a dict for each instance.
+        """options={"contexts": [...]}: a dict for each instance, of values to change from now on.
 
         Returns observations (num_envs, d_s) and infos.
         """
@@ -1773,7 +1779,7 @@ def check_ranges(env_id, ranges):
         low, high = finite(f"range of {name}", values, (2,)).tolist()
         if low > high:
             raise ValueError(f"range of {name} {shown(values)}: must go up")
-        # The middle is refused where only two values are allowed.
+        # The middle is refused where only two values are accepted, as for swap. Signs may be between.
         for value in (low, (low + high) / 2, high):
             full_context(env_id, {name: value})
 
@@ -1876,7 +1882,7 @@ for k in range(1, 21):
 
 if __name__ == "__main__":
     try:
-        # Not print, which would meet a reader that has gone only when Python ends.
+        # os.write notices at once that nobody reads any more, and print only when Python ends.
         os.write(sys.stdout.fileno(), f"{__doc__}\n".encode())
     except BrokenPipeError:
         pass  # The reader, such as `head`, has gone.
