@@ -1779,7 +1779,7 @@ def check_ranges(env_id, ranges):
         low, high = finite(f"range of {name}", values, (2,)).tolist()
         if low > high:
             raise ValueError(f"range of {name} {shown(values)}: must go up")
-        # The middle is refused where only two values are accepted, as for swap. Signs may be between.
+        # The middle is refused where only two values are accepted, as for swap. A sign has others.
         for value in (low, (low + high) / 2, high):
             full_context(env_id, {name: value})
 
