@@ -26,9 +26,8 @@ RNG = np.random.default_rng(0)
 @pytest.mark.parametrize(
     "x, y",
     [
-        ([3.0, 3.0, 3.0, 2.0], [3.0, 3.0, 1.0, 1.0]),  # ties
-        (RNG.normal(0, 1, 6), RNG.normal(1, 3, 9)),
-        ([1e6 + 1, 1e6 + 2, 1e6 + 3], [1e6, 1e6 + 4, 1e6 + 2]),
+        ([0.3, 0.3, 0.3, 0.2], [0.3, 0.3, 0.1, 0.1]),  # ties, of which sums differ by rounding
+        (RNG.normal(0, 1, 9), RNG.normal(1, 3, 6)),
     ],
 )
 def test_statistics_are_those_of_scipy(x, y):
@@ -47,7 +46,6 @@ def test_statistics_are_those_of_scipy(x, y):
 
     test = stats.permutation_test((x, y), distance, n_resamples=np.inf, alternative="greater")
     assert compare.permutation_p(x, y) == pytest.approx(test.pvalue, abs=1e-12)
-    assert compare.permutation_p(y, x) == pytest.approx(test.pvalue, abs=1e-12)
     better = stats.mannwhitneyu(x, y).statistic / (len(x) * len(y))
     assert compare.probability_of_improvement(x, np.array(y)) == pytest.approx(better)
 
@@ -61,13 +59,6 @@ def test_interval_of_a_mean_over_environments_covers_95_percent():
         _, low, high = compare.contrast((0.5, -0.5, 0.5, -0.5), samples)
         hits += low <= 0 <= high
     assert 935 <= hits <= 965
-
-
-def test_few_or_equal_values_have_no_interval_or_none_of_width():
-    point, *ends = compare.contrast([1], [[2.0, 4.0]])
-    assert point == 3
-    assert np.isnan(ends).all()
-    assert compare.contrast([1, -1], [[2.0] * 3, [1.0] * 3]) == (1, 1, 1)
 
 
 def test_holm_by_hand():
@@ -105,20 +96,6 @@ def test_plan_has_a_line_for_each_run_seeds_outermost(capsys):
         assert shlex.split(line) == [*run, "a b's $HOME", "--threads", "1", "--go-on"]
     words = "plan --envs ode --methods dr --seeds 1 --threads 2".split()
     assert said_by(words, capsys).endswith(" --seed 1 --threads 2 --go-on\n")
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("--envs cartpole --methods dr --seeds 1", "unknown environment 'cartpole'"),
-        ("--envs ode --methods dr --seeds 15-11", "--seeds: invalid seeds value: '15-11'"),
-        ("--envs ode --methods dr --seeds 1,2", "--seeds: invalid seeds value: '1,2'"),
-        ("--envs ode --methods dr --seeds 1 --stepss 3", "unrecognized arguments: --stepss 3"),
-        ("--envs ode --methods dr --seeds 1 --seed 3", "--seed: not here; allowed:"),
-    ],
-)
-def test_bad_plan_is_one_line(words, message, capsys):
-    assert message in refusal(compare, ["plan", *words.split()], capsys)
 
 
 # ---- Runs for the tests ------------------------------------------------------------------------
@@ -254,12 +231,11 @@ def test_departures_are_set_beside_the_same_method_without(tmp_path):
     _, plain, published = rows_of("table 3", tmp_path)  # nothing across departures
     assert " | Concat | 5, 5 | +20.0 [+20.0, +20.0] | " in plain
     assert " | Concat, published | 5, 5 | +40.0 [+40.0, +40.0] | " in published
-    for name in ("artefacts", "artefacts, extrapolation"):
-        _, ours, concat = rows_of(name, tmp_path)
-        assert " | published | DMA*-SH | 5, 5 | +0.0 [+0.0, +0.0] | 1.000 |  |  |  |" in ours
-        assert " | published | Concat | 5, 5 | −20.0 [−20.0, −20.0] | 0.008 | " in concat
-        leads = [cell.split(" [")[0] for cell in concat.split(" | ")[-3:]]
-        assert leads == ["+20.0", "+40.0", "+20.0"]  # without, with, the change
+    _, ours, concat = rows_of("artefacts", tmp_path)
+    assert " | published | DMA*-SH | 5, 5 | +0.0 [+0.0, +0.0] | 1.000 |  |  |  |" in ours
+    assert " | published | Concat | 5, 5 | −20.0 [−20.0, −20.0] | 0.008 | " in concat
+    leads = [cell.split(" [")[0] for cell in concat.split(" | ")[-3:]]
+    assert leads == ["+20.0", "+40.0", "+20.0"]  # without, with, the change
     _, plain, published = rows_of("claims", tmp_path)
     assert " | `--quick` | 5, 5 | " in plain
     assert " | `--quick`, published | 5, 5 | " in published
@@ -268,7 +244,6 @@ def test_departures_are_set_beside_the_same_method_without(tmp_path):
 def test_only_equal_settings_are_compared(tmp_path):
     others = [
         dict(threads=7, out="there", snapshots=True, buffer=98765),
-        dict(alpha=0.07),
         dict(buffer=9000),  # which forgets
         dict(nested=[1, {"a": "x|y"}]),
         dict(quick=False),
@@ -280,11 +255,11 @@ def test_only_equal_settings_are_compared(tmp_path):
     head, _, _, ours, masked, dr = [row[2:-2].split(" | ") for row in rows_of("table 1", tmp_path)]
     assert (ours[0], masked[0], dr[0]) == ("DMA*-SH", "DMA*-SH, mask 0.1", "DR")
     titles = dict(zip(dr, head))
-    assert titles.keys() == {"DR", "0.5 (2)", "2.0 (1)", "3.0 (1)", "4.0 (1)", "5.0 (1)"}
+    assert titles.keys() == {"DR", "0.5 (2)", "2.0 (1)", "3.0 (1)", "4.0 (1)"}
     main = head.index(titles["0.5 (2)"])
     assert (ours[main], masked[main]) == ("79.0 (1)", "95.0 (1)")
-    assert 'nested [1, {"a": "x\\|y"}]' in titles["4.0 (1)"]
-    assert "paper's settings" in titles["5.0 (1)"]
+    assert 'nested [1, {"a": "x\\|y"}]' in titles["3.0 (1)"]
+    assert "paper's settings" in titles["4.0 (1)"]
 
 
 # ---- add, and reports of tables and folders ------------------------------------------------------
@@ -340,14 +315,20 @@ def test_the_tables_of_results_are_those_of_their_documents(capsys):
 def test_what_is_refused_in_one_line(five_seeds, tmp_path, capsys):
     run = five_seeds / "ode__dr__quick__s11"
     said_by(["add", run, "--experiment", "a", "--to", tmp_path], capsys)
+    plan = "plan --methods dr --envs"
     for words, message in (
-        (["add", run, "--experiment", "b", "--to", tmp_path], "the same run as a/ode__dr"),
-        (["report", tmp_path, "--experiments", "c"], "no experiment 'c'; known: a"),
-        (["report", tmp_path / "nowhere"], "nowhere: no run there; allowed:"),
-        (["report", run, "--outt", "x"], "unrecognized arguments: --outt"),
-        (["report", run, "--into", tmp_path / "no.md"], "no.md: No such file"),
+        (f"{plan} cartpole --seeds 1", "unknown environment 'cartpole'"),
+        (f"{plan} ode --seeds 15-11", "--seeds: invalid seeds value: '15-11'"),
+        (f"{plan} ode --seeds 1,2", "--seeds: invalid seeds value: '1,2'"),
+        (f"{plan} ode --seeds 1 --stepss 3", "unrecognized arguments: --stepss 3"),
+        (f"{plan} ode --seeds 1 --seed 3", "--seed: not here; allowed:"),
+        (f"add {run} --experiment b --to {tmp_path}", "the same run as a/ode__dr"),
+        (f"report {tmp_path} --experiments c", "no experiment 'c'; known: a"),
+        (f"report {tmp_path}/nowhere", "nowhere: no run there; allowed:"),
+        (f"report {run} --outt x", "unrecognized arguments: --outt"),
+        (f"report {run} --into {tmp_path}/no.md", "no.md: No such file"),
     ):
-        assert message in refusal(compare, words, capsys)
+        assert message in refusal(compare, words.split(), capsys)
 
 
 def test_names_that_would_break_a_table_or_are_no_text(tmp_path, capsys):
