@@ -152,7 +152,6 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     for words, message in (
         ("repot", "invalid choice: 'repot'"),
         (f"report {tmp_path}/runs --out x", "no finished run of di_signs_without_pp, "),
-        ("beyond nowhere --out x", "nowhere: must be a policy file"),
     ):
         said = refusal(unseen, words.split(), capsys)
         assert said.startswith("unseen.py: error: ") and message in said
