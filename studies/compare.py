@@ -22,7 +22,6 @@ table of a document anew, between a line such as <!-- table 1 of quick, masks --
 writes results/no_action.csv: what an agent earns that never acts. The report takes seconds.
 """
 
-import argparse
 import itertools
 import math
 import re
@@ -36,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import runs as reader
 import torch
+from command_line import parser_of
 from runs import BadInput, aib_envs, dmash, group, joined
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -362,7 +362,7 @@ class Judged:
     verdict: str = ""
 
 
-def judged(runs, score):
+def judged(runs):
     """The claims in all blocks that have their methods, with the same departures.
 
     p is corrected for all that have enough seeds.
@@ -374,7 +374,7 @@ def judged(runs, score):
             for better in arms.values():
                 worse = find(arms, second, better[0].departures)
                 if better[0].label == first and worse:
-                    numbers = difference(better, worse, score)
+                    numbers = difference(better, worse, "mean")
                     found.append(Judged(claim, title, better, worse, *numbers))
     for of in found:
         if min(len(of.better), len(of.worse)) < FEWEST:
@@ -394,10 +394,10 @@ def judged(runs, score):
     return found
 
 
-def claims_table(runs, score):
+def claims_table(runs):
     """A row per claim and block."""
     rows = []
-    for of in judged(runs, score):
+    for of in judged(runs):
         first = of.better[0]
         setting = joined(setting_of(first), first.departures)
         row = [of.claim, of.title, setting, f"{len(of.better)}, {len(of.worse)}"]
@@ -409,7 +409,7 @@ def claims_table(runs, score):
 
 def claims_in_short(runs):
     """A row per claim, a column per block: the difference and, in parentheses, Holm's p."""
-    tested = [of for of in judged(runs, "mean") if not math.isnan(of.corrected)]
+    tested = [of for of in judged(runs) if not math.isnan(of.corrected)]
     titles = [title for title in blocks_of(runs) if title in {of.title for of in tested}]
     rows = []
     for claim, of_claim in group(tested, lambda of: of.claim).items():
@@ -502,9 +502,8 @@ MAKERS = {
     "table 1": partial(returns_table, score="mean"),
     "table 2": partial(returns_table, score="eval_out"),
     "table 3": differences_table,
-    "claims": partial(claims_table, score="mean"),
+    "claims": claims_table,
     "claims in short": claims_in_short,
-    "claims, extrapolation": partial(claims_table, score="eval_out"),
     "aggregates": aggregates_table,
     "published scores": published_table,
     "departures": departures_table,
@@ -635,8 +634,7 @@ COMMANDS = {"plan": plan, "add": add, "report": report, "no-action": measure_no_
 
 
 def build_parser():
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = dmash.Parser("compare.py", description=__doc__, **layout)
+    parser = parser_of("compare.py", __doc__)
     modes = parser.add_subparsers(dest="mode", required=True)
     for_plan, for_add, for_report, for_no_action = [
         modes.add_parser(name, allow_abbrev=False) for name in COMMANDS
