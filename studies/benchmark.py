@@ -19,9 +19,7 @@ this checkout is the faster.
 """
 
 import argparse
-import contextlib
 import copy
-import importlib
 import multiprocessing
 import sys
 import time
@@ -33,6 +31,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 import torch
+from command_line import parser_of
 from runs import aib_envs, dmash
 
 PHASES = "acting environments batch dynamics critic actor targets rest".split()
@@ -198,13 +197,13 @@ def print_against(folder, settings):
         raise dmash.BadInput(f"--against {folder}: no dmash.py there")
     cfg, here = dmash.Config(**settings), Path(dmash.__file__).parent
     folders = {"this checkout": here, "the other": folder.resolve()}
-    workers, ms = [], np.zeros((TURNS, len(folders)))
-    with contextlib.ExitStack() as stack:
-        for place in folders.values():
-            fresh = multiprocessing.get_context("spawn")
-            workers.append(stack.enter_context(ProcessPoolExecutor(1, fresh)))
+    ms = np.zeros((TURNS, len(folders)))
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, fresh) as first, ProcessPoolExecutor(1, fresh) as second:
+        workers = first, second
+        for worker, place in zip(workers, folders.values()):
             with dmash.reading(f"--against {folder}: its code"):
-                workers[-1].submit(begin_run, str(place), asdict(cfg)).result()
+                worker.submit(begin_run, str(place), asdict(cfg)).result()
         for of_turn in ms:
             for i, worker in enumerate(workers):
                 of_turn[i] = worker.submit(take_turn, STEPS).result() / STEPS * 1e3
@@ -225,7 +224,8 @@ def begin_run(folder, settings):
     del sys.modules["dmash"], sys.modules["aib_envs"]
     warnings.simplefilter("ignore")  # that its environments are registered for the second time
     sys.path.insert(0, folder)
-    dmash = importlib.import_module("dmash")
+    import dmash
+
     known = {f.name for f in fields(dmash.Config)}
     settings = {name: value for name, value in settings.items() if name in known}
     run = warm_run(dmash.Config(**settings))
@@ -239,9 +239,8 @@ def take_turn(steps):
 
 
 def run_command(argv):
-    options = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    options["formatter_class"] = argparse.RawDescriptionHelpFormatter
-    parser = dmash.Parser("benchmark.py", description=__doc__, **options)
+    parser = parser_of("benchmark.py", __doc__)
+    parser.argument_default = argparse.SUPPRESS  # what is not given is not a setting
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--methods", action="store_true", help="compare all methods")
     modes.add_argument("--environments", action="store_true", help="compare all environments")
