@@ -110,17 +110,11 @@ class Batch(dmash.Batch):
 class Replay(dmash.Replay):
     """Knows of each row whether it belongs to a warm-up, and whether an episode ends with it."""
 
-    def __init__(self, c, capacity, d_s, d_a, K, L):
-        super().__init__(c, capacity, d_s, d_a, K, L)
+    def __init__(self, c, capacity, *sizes):
+        super().__init__(c, capacity, *sizes)
         self.names = set()  # until the rollout says which
         self.warm_ups = torch.zeros(capacity, dtype=torch.bool, device=c.device)
         self.ends = torch.zeros(capacity, dtype=torch.bool, device=c.device)
-
-    def mark(self, warm_up, end):
-        """Says what the last row is."""
-        row = (self.t - 1) % self.capacity
-        self.warm_ups[row] = warm_up
-        self.ends[row] = end
 
     def times(self):
         """When the transitions happened that a batch may hold."""
@@ -178,7 +172,10 @@ class Rollout(dmash.Rollout):
 
     def step(self, random=False):
         result = super().step(random)
-        self.replay.mark(self.warming_up, self.done and not self.warming_up)
+        replay = self.replay
+        row = (replay.t - 1) % replay.capacity
+        replay.warm_ups[row] = self.warming_up
+        replay.ends[row] = self.done and not self.warming_up
         return result
 
 
@@ -214,8 +211,8 @@ class Actor(dmash.Actor):
 class Agent(dmash.Agent):
     """Updates as dmash.Agent does, with the losses below in the place of those of dmash."""
 
-    def __init__(self, cfg, d_s, d_a, d_c):
-        super().__init__(cfg, d_s, d_a, d_c)
+    def __init__(self, cfg, *sizes):
+        super().__init__(cfg, *sizes)
         self.names = cfg.names
         if "epsilon" in self.names:
             self.pi.epsilon = 1e-6
