@@ -66,7 +66,7 @@ def contrast(weights, samples):
     With weights 1 and -1 it is Welch's interval of a difference. The ends are nan where a sample
     has fewer than three values, whose intervals say nothing.
     """
-    point = sum(weight * np.mean(sample) for weight, sample in zip(weights, samples))
+    point = np.dot(weights, [np.mean(sample) for sample in samples])
     if min(map(len, samples)) < FEWEST_OF_INTERVAL:
         return point, math.nan, math.nan
     shares = [w**2 * np.var(x, ddof=1) / len(x) for w, x in zip(weights, samples)]
@@ -410,7 +410,7 @@ def claims_table(runs):
 def claims_in_short(runs):
     """A row per claim, a column per block: the difference and, in parentheses, Holm's p."""
     tested = [of for of in judged(runs) if not math.isnan(of.corrected)]
-    titles = [title for title in blocks_of(runs) if title in {of.title for of in tested}]
+    titles = dict.fromkeys(of.title for of in tested)
     rows = []
     for claim, of_claim in group(tested, lambda of: of.claim).items():
         cells = dict.fromkeys(titles, "–")
@@ -489,11 +489,12 @@ def published_table(runs):
     rows = []
     for title, arms in blocks_of(runs).items():
         for arm, of in arms.items():
-            paper = PAPER.get(of[0].env, {}).get(of[0].label)
+            first = of[0]
+            paper = PAPER.get(first.env, {}).get(first.label)
             if paper:
                 row = [title, arm, len(of)]
                 for sample in (scores(of, "mean"), [published_score(run) for run in of]):
-                    row.append(cell(contrast([1], [sample]), digits_of(of[0].env)))
+                    row.append(cell(contrast([1], [sample]), digits_of(first.env)))
                 rows.append([*row, paper])
     return table("environment | method | seeds | last evaluation | published score | paper", rows)
 
@@ -543,7 +544,9 @@ def report(places, experiments, out, into, check):
         return
     import compare_figures
 
-    runs = reader.read_runs(places, experiments)
+    runs = reader.read_runs(places)
+    if experiments:
+        runs = reader.of_experiments(runs, experiments)
     text = report_text(runs)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(text, encoding="utf-8")

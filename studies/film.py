@@ -114,7 +114,7 @@ def put(rollout, state):
     """Puts all instances into `state` (N, …)."""
     task = rollout.envs.task
     task.set_state(state)
-    rollout.s = torch.from_numpy(task.observation().astype(np.float32))
+    rollout.s = rollout.tensor(task.observation())
 
 
 # ---- Pictures -----------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def read_table(path, numbers, texts=("run", "set"), key=("step",)):
     `numbers` must be there and finite. The last column of `key` rises among the rows that have the
     others in common.
     """
-    path, line, rows, last = Path(path), 1, [], {}
+    line, rows, last = 1, [], {}
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
@@ -195,11 +195,10 @@ def checked_row(head, cells, numbers, texts):
 # ---- Run folders -------------------------------------------------------------------------------
 
 
-def read_runs(places, experiments=()):
+def read_runs(places):
     """All runs in the places, in an order that does not depend on theirs.
 
-    A place is a folder with the three tables, a run folder, or a folder that holds some. Of the
-    tables, only `experiments` are kept, if any are named.
+    A place is a folder with the three tables, a run folder, or a folder that holds some.
     """
     runs = []
     for place in map(Path, places):
@@ -210,8 +209,6 @@ def read_runs(places, experiments=()):
             runs += [read_run(file.parent) for file in files]
         else:
             raise BadInput(f"{place}: no run there; allowed: folders of runs, or with runs.csv")
-    if experiments:
-        runs = of_experiments(runs, experiments)
     refuse_doubles(runs)
     return sorted(runs, key=rank)
 
@@ -292,18 +289,18 @@ def check_contexts(run, path):
 
 
 def read_tables(folder):
-    paths = [folder / name for name in TABLES]
-    metrics = read_table(paths[1], OF_METRICS, key=("run", "step"))
+    of_runs, of_metrics, of_contexts = [folder / name for name in TABLES]
+    metrics = read_table(of_metrics, OF_METRICS, key=("run", "step"))
     metrics = group(metrics, lambda row: row.pop("run"))
-    contexts = read_table(paths[2], ("index", "return"), key=("run", "set", "index"))
+    contexts = read_table(of_contexts, ("index", "return"), key=("run", "set", "index"))
     contexts = group(contexts, lambda row: row.pop("run"))
     runs = []
-    for row in read_table(paths[0], (), texts=None, key=("run",)):
+    for row in read_table(of_runs, (), texts=None, key=("run",)):
         name = row["run"]
         of_run = metrics.get(name, []), contexts.get(name, [])
         run = new_run(name, row["experiment"], row, *of_run, folder)
         if run.finished:
-            check_contexts(run, paths[2])
+            check_contexts(run, of_contexts)
         runs.append(run)
     return runs
 
