@@ -329,10 +329,6 @@ class Task(ABC):
         Task.__init__(other, contexts)
         return other
 
-    def spaces(self):
-        """The spaces of observations and actions of one instance."""
-        return box(self.d_s, self.high, self.low), box(self.d_a, 1.0)
-
     def snapshot(self):
         """All that the next step depends on, as one array (N, ...): here the physical state."""
         return self.state()
@@ -472,13 +468,8 @@ class ODE(Task):
     state_size = 1
     dt = 0.01  # s
     high = 20.0
-    TIERS = {
-        0.05: 1.0,
-        0.1: 1 / 2,
-        0.2: 1 / 3,
-        0.5: 1 / 4,
-        2.0: 0.05,
-    }  # reward if |x| is below; 0 beyond
+    # The reward if |x| is below. Beyond the last it is 0.
+    TIERS = {0.05: 1.0, 0.1: 1 / 2, 0.2: 1 / 3, 0.5: 1 / 4, 2.0: 0.05}
 
     def initial_state(self, i, rng):
         return rng.uniform(-1.0, 1.0, size=1)
@@ -497,12 +488,7 @@ class ODE(Task):
     def picture(self, i):
         x = np.array([self.s[i, 0], 0.0])
         goal = np.array([min(self.TIERS), 0.0])
-        end = np.array([self.high, 0.0])
-        shapes = [
-            Shape(-end, end, 0.01, GREY),
-            Shape(-goal, goal, 0.04, GREEN),
-            Shape(x, x, 0.06, BLUE),
-        ]
+        shapes = [GROUND, Shape(-goal, goal, 0.04, GREEN), Shape(x, x, 0.06, BLUE)]
         return View(0.9 * x, 4.0), shapes  # x is not centred, so that one sees it move
 
 
@@ -873,7 +859,7 @@ class BallInCup(MujocoTask):
 
     def reward(self):
         inside = np.abs(self.ball_to_target()) < self.HALF - self.BALL
-        return inside.all(axis=-1).astype(float)
+        return inside.all(-1).astype(float)
 
 
 class Cheetah(MujocoTask):
@@ -1075,7 +1061,7 @@ class Walker(MujocoTask):
         return np.column_stack([self.height(), orientations, self.qvel])
 
     def reward(self):
-        standing = near(np.maximum(0, self.HEIGHT - self.height()), margin=self.HEIGHT / 2)
+        standing = near(np.maximum(0, self.HEIGHT - self.height()), self.HEIGHT / 2)
         upright = (1 + np.cos(self.angles()[:, 0])) / 2
         return (3 * standing + upright) / 4 * (5 * self.moving() + 1) / 6
 
@@ -1174,7 +1160,7 @@ class HopperGym(GymTask):
     def healthy(self):
         height, angle = self.qpos[:, 1:3].T
         others = np.abs(self.state()[:, 2:])
-        return (0.7 < height) & (np.abs(angle) < 0.2) & (others < 100).all(axis=-1)
+        return (0.7 < height) & (np.abs(angle) < 0.2) & (others < 100).all(-1)
 
 
 class BadEnvironment(ValueError):
@@ -1353,31 +1339,34 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
     """A VectorEnv of one instance, by the rules of Gymnasium's environments.
 
     The context is in `info["context"]` and never in the observation. There is no terminal state.
-    An episode is truncated after `horizon` steps; inf, the default, means never. gymnasium.make
-    truncates by its own TimeLimit. A bad value is a ValueError.
+    An episode is truncated after `horizon` steps. None is the horizon of the table; -1, the
+    default, means never, since gymnasium.make truncates by its own TimeLimit. A bad value is a
+    ValueError.
 
     reset(options={"state": array, "target": (x, y), "context": {...}}) takes three options: the
     state to start from, the reacher's target, and context values to change from now on.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}  # Gymnasium's name for pictures
+    metadata = {"render_modes": ["rgb_array"]}  # Gymnasium's name for pictures
 
     def __init__(
         self,
         env_id: str,
         render_mode: str | None = None,
-        horizon: float = inf,
+        horizon: int | None = -1,
         **context: float,
     ):
-        if horizon != inf:
-            whole("horizon", horizon)
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode {render_mode!r}: must be None or 'rgb_array'")
         VectorEnv.__init__(self, env_id, [context], seed=None)
-        self.horizon = horizon
+        if horizon == -1:
+            self.horizon = inf
+        elif horizon is not None:
+            self.horizon = whole("horizon", horizon)
         self.render_mode = render_mode
         self.metadata = self.metadata | {"render_fps": round(1 / self.task.dt)}
-        self.observation_space, self.action_space = self.task.spaces()
+        self.observation_space = box(self.d_s, self.task.high, self.task.low)
+        self.action_space = box(self.d_a, 1.0)
         self.np_random = self.rngs[0]
 
     @property
@@ -1424,18 +1413,17 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
             return draw(*self.task.picture(0))
 
 
-def make(env_id: str, **options: Any) -> ContextualEnv:
+def make(env_id: str, horizon: int | None = None, **options: Any) -> ContextualEnv:
     """The environment in the context given by name; what is not named has its default.
 
     Like an environment of gymnasium.make, it has a `spec` from which others can make it anew, but
     for the ids "gymnasium:...".
     """
-    options = {"horizon": lookup(env_id).horizon} | options
-    env = ContextualEnv(env_id, **options)
+    env = ContextualEnv(env_id, horizon=horizon, **options)
     spec = gymnasium.registry.get(f"aib/{env_id.rpartition(':')[2]}-v0")
     if spec is not None:
         kwargs = spec.kwargs | env.context | {"render_mode": env.render_mode}
-        limit = options["horizon"]
+        limit: Any = env.horizon
         if limit == inf:
             limit = None  # as Gymnasium writes it
         env.spec = dataclasses.replace(spec, max_episode_steps=limit, kwargs=kwargs)
@@ -1446,7 +1434,7 @@ class ContextualVectorEnv(gymnasium.vector.SyncVectorEnv):
     """Instances by the rules of Gymnasium's vector environments, for gymnasium.make_vec.
 
     contexts: a list of `num_envs` contexts, or the name of a set; context values given by name
-    hold in all of them. max_episode_steps: -1 means no limit, None the horizon of the table.
+    hold in all of them. max_episode_steps is the horizon of ContextualEnv.
     All else is SyncVectorEnv's: the step after the end of an episode begins the next one.
     infos["context"] has an array (num_envs,) per dimension.
     """
@@ -1460,17 +1448,13 @@ class ContextualVectorEnv(gymnasium.vector.SyncVectorEnv):
         render_mode: str | None = None,
         **context: float,
     ):
-        horizon: float = lookup(env_id).horizon
-        if max_episode_steps == -1:
-            horizon = inf
-        elif max_episode_steps is not None:
-            horizon = whole("max_episode_steps", max_episode_steps)
         if contexts is None:
             contexts = [{}] * num_envs
         makers = []
         for each in listed(env_id, contexts, num_envs):
             values = full_context(env_id, each) | context
-            makers.append(functools.partial(ContextualEnv, env_id, render_mode, horizon, **values))
+            options = env_id, render_mode, max_episode_steps
+            makers.append(functools.partial(ContextualEnv, *options, **values))
         super().__init__(makers)
 
     def reset(self, *, seed=None, options=None):
@@ -1526,38 +1510,33 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
         context = dict(self.np_random.choice(self.contexts))
         for name, (low, high) in self.ranges.items():
             context[name] = self.np_random.uniform(low, high)
-        given = options.get("context", {})
-        options["context"] = full_context(self.unwrapped.env_id, given, context)
-        return self.env.reset(options=options)
+        given = options.pop("context", {})
+        context = full_context(self.unwrapped.env_id, given, context)
+        return self.env.reset(options=options | {"context": context})
 
 
 class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
     """Shows the agent the context, (d_c,), in the order of the table.
 
-    The context stands at the end of the observation. With a `key`, the observation becomes a dict,
-    {"observation": ..., key: context}.
+    The context stands at the end of the observation, which is flattened. With a `key`, the
+    observation becomes a dict, {"observation": ..., key: context}.
     """
 
     def __init__(self, env: gymnasium.Env, key: str | None = None):
         RecordConstructorArgs.__init__(self, key=key)
         gymnasium.ObservationWrapper.__init__(self, env)
         self.key = key
-        plain = env.observation_space
-        added = box(len(contextual(env).context))
-        if key is not None:
-            self.observation_space = gymnasium.spaces.Dict({"observation": plain, key: added})
-        elif one_axis(plain):
-            low = np.append(plain.low, added.low)
-            high = np.append(plain.high, added.high)
-            self.observation_space = box(len(low), high, low)
+        plain, added = env.observation_space, box(len(contextual(env).context))
+        self.both = gymnasium.spaces.Tuple([plain, added])
+        if key is None:
+            self.observation_space = gymnasium.spaces.flatten_space(self.both)
         else:
-            reason = "has not one axis, so that a key is needed"
-            raise ValueError(f"observation space {shown(plain)}: {reason}")
+            self.observation_space = gymnasium.spaces.Dict({"observation": plain, key: added})
 
     def observation(self, observation):
         context = self.unwrapped.c[0]
         if self.key is None:
-            return np.append(observation, context).astype(np.float32)
+            return gymnasium.spaces.flatten(self.both, (observation, context))
         return {"observation": observation, self.key: context}
 
 
