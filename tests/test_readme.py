@@ -135,7 +135,7 @@ def test_ladder_has_the_numbers_of_the_tables(step, experiment, runs):
 def test_findings_are_those_of_the_tables(runs):
     ours = fmean(ends(runs, "eval_out"))
     told = fmean(ends(runs, "eval_out", "concat"))
-    assert f"earns {ours:.0f} and Concat, which is told the truth, {told:.0f}." in README
+    assert f"earns {ours:.0f} and Concat, which is given the true\n  context, {told:.0f}." in README
 
     def on_ode(method, *kind):
         return fmean(ends(runs, "mean", method, "ode", *kind))
