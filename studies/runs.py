@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def read_table(path, numbers, texts=("run", "set"), key=("step",)):
                 raise ValueError(f"{key[-1]} {number} stands after {last[others]}")
             last[others] = number
             rows.append(row)
-    except (ValueError, csv.Error, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BadInput(f"{path}, line {line}: {dmash.one_line(error)}") from None
     return rows
 

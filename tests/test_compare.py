@@ -329,6 +329,9 @@ def test_what_is_refused_in_one_line(five_seeds, tmp_path, capsys):
         (f"report {run} --into {tmp_path}/no.md", "no.md: No such file"),
     ):
         assert message in refusal(compare, words.split(), capsys)
+    packed = tmp_path / "contexts.csv.gz"
+    packed.write_bytes(packed.read_bytes()[:10] + bytes(30))
+    assert "contexts.csv.gz, line 1: " in refusal(compare, ["report", tmp_path], capsys)
 
 
 def test_names_that_would_break_a_table_or_are_no_text(tmp_path, capsys):
