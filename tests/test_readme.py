@@ -112,7 +112,7 @@ def test_headline_is_the_main_job_s_seeds(runs):
     headline = re.search(r"\*\*(\d+) of 1000.*?interval (\d+) to (\d+)", README, re.DOTALL)
     assert [int(x) for x in headline.groups()] == [round(mean), round(low), round(high)]
     ours = [run for run in runs if run.experiment == "paper_settings"]
-    assert f" have {fmean(map(compare.published_score, ours)):.0f}. " in README
+    assert f" have {fmean(map(compare.published_score, ours)):.0f}." in README
     assert f"six seeds earn {fmean(ends(runs, 'mean')):.0f}." in README
     with open(ROOT / "results/no_action.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["env"] == "cartpole_inv"]
@@ -140,7 +140,7 @@ def test_ladder_has_the_numbers_of_the_tables(step, experiment, timed, runs):
 def test_findings_are_those_of_the_tables(runs):
     ours = fmean(ends(runs, "eval_out"))
     told = fmean(ends(runs, "eval_out", "concat"))
-    assert f"earns {ours:.0f} and Concat, which is given the true\n  context, {told:.0f}." in README
+    assert f"earns {ours:.0f} and Concat, given the true context, {told:.0f}." in README
 
     def on_ode(method, *kind):
         return fmean(ends(runs, "mean", method, "ode", *kind))
