@@ -1510,8 +1510,8 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
         context = dict(self.np_random.choice(self.contexts))
         for name, (low, high) in self.ranges.items():
             context[name] = self.np_random.uniform(low, high)
-        given = options.pop("context", {})
-        context = full_context(self.unwrapped.env_id, given, context)
+        # The environment checks the values themselves.
+        context |= named("context", options.pop("context", {}), list(context))
         return self.env.reset(options=options | {"context": context})
 
 

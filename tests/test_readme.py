@@ -3,21 +3,18 @@
 import csv
 import re
 import shlex
-import sys
 from pathlib import Path
 from statistics import fmean, median
 
+import compare
 import numpy as np
 import pytest
+import runs as reader
 
 import aib_envs
 import dmash
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "studies"))
-import compare  # noqa: E402
-import runs as reader  # noqa: E402
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 (LOOP,) = [snippet for snippet in SNIPPETS if "Policy.load" in snippet]
