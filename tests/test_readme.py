@@ -156,7 +156,8 @@ def test_findings_are_those_of_the_tables(runs):
         f"{behind('concat')} behind Concat and {behind('da')} behind DA. "
         f"On `di_inv` it is {behind('concat', 'di_inv')} of 100 behind Concat.",
         f"cost DMA\\* {cost('dma_star')[0]:.0f} of 200 on `ode`, "
-        f"Concat {cost('concat')[0]:.0f}, and DMA\\*-SH {shared:.0f} (interval −{-low:.0f} to {high:.0f})",
+        f"Concat {cost('concat')[0]:.0f}, "
+        f"and DMA\\*-SH {shared:.0f} (interval −{-low:.0f} to {high:.0f})",
         f"earns {unseen('eval_out'):.0f} of 100, trained pairs {unseen('train'):.0f}.",
     ):
         assert finding in PROSE
