@@ -124,7 +124,7 @@ def test_ladder_sees_what_the_terminal_shows():
     [("learn", "quick", "quick"), ("reproduce", "paper_settings", "paper_settings_forgetting")],
 )
 def test_ladder_has_the_numbers_of_the_tables(step, experiment, timed, runs):
-    # The newer long runs were stopped for hours, which their seconds hold.
+    # Four of the five long runs were stopped for hours, which their seconds hold.
     minutes, *returns = ladder()[step]
     expected = [fmean(ends(runs, name, experiment=experiment)) for name in dmash.SETS]
     assert returns == pytest.approx(expected, abs=0.51)
