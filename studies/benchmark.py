@@ -130,7 +130,7 @@ def print_phases(cfg):
 
 
 def vector_step_times(env, contexts, steps=300):
-    """Milliseconds of a step of all contexts, and of the bare mj_step calls in it (or None).
+    """Milliseconds of a step of all contexts, and of the bare mj_step calls in it (or nan).
 
     Both go from the same starts and with the same actions, taking turns. These are the medians.
     """
@@ -149,25 +149,22 @@ def vector_step_times(env, contexts, steps=300):
                 data.ctrl = action
                 mujoco.mj_step(data.model, data, twin.SUBSTEPS)
             bare.append(time.perf_counter() - begin)
-    return 1e3 * np.median(vector), 1e3 * np.median(bare) if has_models else None
+    return 1e3 * np.median(vector), 1e3 * np.median(bare or [np.nan])
 
 
 def print_methods(settings):
-    """A row per method: gradient steps/s and trained parameters, also relative to those of DA."""
-    runs = {name: warm_run(dmash.Config(**settings | {"method": name})) for name in dmash.METHODS}
+    """A row per method: gradient steps/s and trained parameters."""
+    runs = [warm_run(dmash.Config(**settings | {"method": name})) for name in dmash.METHODS]
     turns = []
     for _ in range(METHOD_TURNS):
-        turns.append([seconds_of(run, STEPS) for run in runs.values()])
-    rate = dict(zip(runs, STEPS / np.median(turns, 0)))
-    size = {name: size_of(run.agent) for name, run in runs.items()}
-    cfg = runs["da"].cfg
-    median = f"median of {len(turns)} turns of {STEPS} gradient steps"
+        turns.append([seconds_of(run, STEPS) for run in runs])
+    cfg = runs[0].cfg
+    median = f"median of {METHOD_TURNS} turns of {STEPS} gradient steps"
     print(f"{cfg.env}, {cfg.threads} threads on {cfg.device}: {median}")
-    print("--method         paper     steps/s  of da  parameters  of da")
-    for name, method in dmash.METHODS.items():
-        speed = f"{rate[name]:7.1f} {rate[name] / rate['da']:6.2f}"
-        parameters = f"{size[name]:11,} {size[name] / size['da']:6.2f}"
-        print(f"{name:<16} {method.paper:<9} {speed} {parameters}")
+    print("--method         paper     steps/s  parameters")
+    for run, rate in zip(runs, STEPS / np.median(turns, 0)):
+        name, paper = run.cfg.method, run.agent.method.paper
+        print(f"{name:<16} {paper:<9} {rate:7.1f} {size_of(run.agent):11,}")
 
 
 def size_of(agent):
@@ -182,10 +179,7 @@ def print_environments():
         if env.startswith("ode_"):
             continue
         vector, bare = vector_step_times(env, 20)
-        bare_and_ratio = f"{'–':>16} {'–':>6}"
-        if bare is not None:
-            bare_and_ratio = f"{bare:16.2f} {vector / bare:6.2f}"
-        print(f"{env:<18} {vector:14.2f} {bare_and_ratio}", flush=True)
+        print(f"{env:<18} {vector:14.2f} {bare:16.2f} {vector / bare:6.2f}", flush=True)
 
 
 # ---- Checkout against checkout ------------------------------------------------------------------

@@ -218,8 +218,7 @@ def printable(value):
 def figure(value, digits, sign=""):
     if math.isnan(value):
         return "–"
-    text = f"{value:{sign}.{digits}f}"
-    return text.replace("-", "−")
+    return f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
 def cell(estimate, digits, sign=""):
@@ -273,11 +272,16 @@ def difference_cells(ours, others, score):
     return [cell(estimate, digits_of(ours[0].env), "+"), p_text(p)]
 
 
+def sizes(*sides):
+    """The number of seeds of each side."""
+    return ", ".join(str(len(side)) for side in sides)
+
+
 DIFFERENCES = "seeds | mean of the sets | p | extrapolation | p"
 
 
 def difference_row(title, arm, ours, others):
-    row = [title, arm, f"{len(ours)}, {len(others)}"]
+    row = [title, arm, sizes(ours, others)]
     for score in ("mean", "eval_out"):
         row += difference_cells(ours, others, score)
     return row
@@ -307,24 +311,37 @@ def departures_table(runs):
 
 
 def artefacts_table(runs, score):
-    """What departures cost a method, and DMA*-SH's lead over it without and with them."""
-    rows = []
+    """What departures change of each method's score, and of DMA*-SH's lead over it.
+
+    A column per block. The last is their mean, of equal weight, on the scale of the aggregates.
+    """
+    found = {}  # by row and title, two lists of runs, or four for a difference of differences
     for title, arms, changed, plain in departed(runs):
-        label, departures = changed[0].label, changed[0].departures
-        row = [title, departures, label, f"{len(changed)}, {len(plain)}"]
-        row += difference_cells(changed, plain, score)
-        ours = arms.get(OURS), find(arms, OURS, departures)
-        if label != OURS and all(ours):
-            sides = [scores(of, score) for of in (ours[0], plain, ours[1], changed)]
-            leads = [contrast([1, -1], sides[:2]), contrast([1, -1], sides[2:])]
-            leads.append(contrast([-1, 1, 1, -1], sides))
-            row += [cell(lead, digits_of(changed[0].env), "+") for lead in leads]
-        else:
-            row += ["", "", ""]
-        rows.append(row)
-    head = "environment | with | method | seeds | what it changes | p"
-    head += " | DMA*-SH's lead without | lead with | change of the lead"
-    return table(head, rows)
+        first = changed[0]
+        sides = {f"{first.arm}, minus {first.label}": [changed, plain]}
+        ours, ours_changed = arms.get(OURS), find(arms, OURS, first.departures)
+        if first.label != OURS and ours and ours_changed:
+            sides[f"lead over {first.label}"] = [ours, plain]
+            sides[f"lead over {first.arm}"] = [ours_changed, changed]
+            sides[f"change of the lead over {first.arm}"] = [ours_changed, changed, ours, plain]
+        for name, of in sides.items():
+            found.setdefault(name, {})[title] = of
+    titles = dict.fromkeys(title for of in found.values() for title in of)
+    rows = []
+    for name, by_title in found.items():
+        cells = dict.fromkeys(titles, "not run")
+        common = []
+        for title, of in by_title.items():
+            weights = [1, -1, -1, 1][: len(of)]
+            samples = [scores(side, score) for side in of]
+            cells[title] = cell(contrast(weights, samples), digits_of(of[0][0].env), "+")
+            if len(of) == 2:
+                cells[title] += f" p {p_text(permutation_p(*samples))} ({sizes(*of)})"
+            common += [scaled(side, score) for side in of]
+        n = len(by_title)
+        mean = contrast(np.tile(weights, n) / n, common)
+        rows.append([name, *cells.values(), f"{cell(mean, 3, '+')} of {n}"])
+    return table(["", *titles, "mean, on the scale of the aggregates"], rows)
 
 
 CLAIMS = [  # what the paper says: the first arm is better than the second
@@ -375,7 +392,8 @@ def judged(runs):
                 worse = find(arms, second, better[0].departures)
                 if better[0].label == first and worse:
                     numbers = difference(better, worse, "mean")
-                    found.append(Judged(claim, title, better, worse, *numbers))
+                    words = joined(claim, better[0].departures)
+                    found.append(Judged(words, title, better, worse, *numbers))
     for of in found:
         if min(len(of.better), len(of.worse)) < FEWEST:
             of.verdict = "too few seeds"
@@ -394,29 +412,23 @@ def judged(runs):
     return found
 
 
-def claims_table(runs):
-    """A row per claim and block."""
-    rows = []
-    for of in judged(runs):
-        first = of.better[0]
-        setting = joined(setting_of(first), first.departures)
-        row = [of.claim, of.title, setting, f"{len(of.better)}, {len(of.worse)}"]
-        row += [cell(of.estimate, digits_of(first.env), "+"), p_text(of.p)]
-        rows.append([*row, p_text(of.corrected), of.verdict])
-    head = "the paper says | environment | setting | seeds | difference | p | Holm's p | verdict"
-    return table(head, rows)
+def claims_table(runs, short=False):
+    """A row per claim, a column per block: the difference, its p, and the seeds.
 
-
-def claims_in_short(runs):
-    """A row per claim, a column per block: the difference and, in parentheses, Holm's p."""
-    tested = [of for of in judged(runs) if not math.isnan(of.corrected)]
-    titles = dict.fromkeys(of.title for of in tested)
+    In short it has Holm's p in place of p and seeds, and only the claims that were tested.
+    """
+    found = [of for of in judged(runs) if not (short and math.isnan(of.corrected))]
+    titles = dict.fromkeys(of.title for of in found)
     rows = []
-    for claim, of_claim in group(tested, lambda of: of.claim).items():
+    for claim, of_claim in group(found, lambda of: of.claim).items():
         cells = dict.fromkeys(titles, "–")
         for of in of_claim:
-            difference = figure(of.estimate[0], digits_of(of.better[0].env), "+")
-            cells[of.title] = f"{difference} ({p_text(of.corrected)})"
+            difference = cell(of.estimate, digits_of(of.better[0].env), "+")
+            if short:
+                cells[of.title] = f"{difference} ({p_text(of.corrected)})"
+            else:
+                p = p_text(of.p)
+                cells[of.title] = f"{difference} p {p} ({sizes(of.better, of.worse)})"
         verdicts = Counter(of.verdict for of in of_claim)
         words = [f"{words} ({n} of {len(of_claim)})" for words, n in verdicts.items()]
         rows.append([claim, *cells.values(), ", ".join(words)])
@@ -498,7 +510,7 @@ MAKERS = {
     "table 2": partial(returns_table, score="eval_out"),
     "table 3": differences_table,
     "claims": claims_table,
-    "claims in short": claims_in_short,
+    "claims in short": partial(claims_table, short=True),
     "aggregates": aggregates_table,
     "published scores": published_table,
     "departures": departures_table,

@@ -245,16 +245,14 @@ class Screen:
     def draw_return_and_actions(self, t, i):
         self.write(self.panels["return"][i], f"{self.returns[t, i]:.0f}", fontsize=11)
         self.draw_curve(t, i, "return", self.returns[:, i])
-        first, *others = self.film.a[:, i].T
-        self.draw_curve(t, i, "action", first)
-        for values in others:
-            self.draw_curve(t, i, "action", values, alpha=0.4)
+        for values in self.film.a[:, i].T:
+            self.draw_curve(t, i, "action", values)
 
-    def draw_curve(self, t, i, name, values, alpha=1.0):
+    def draw_curve(self, t, i, name, values):
         """Up to step t, before and after the switch in the colours of the modes."""
         times = np.arange(t + 1)
         for step, part in ((0, times[: self.half]), (self.half, times[self.half :])):
-            look = dict(color=self.colour(step, i), alpha=alpha, linewidth=1.6)
+            look = dict(color=self.colour(step, i), linewidth=1.6)
             self.drawn += self.panels[name][i].plot(part * self.film.dt, values[part], **look)
 
     def draw_z(self, t, i):

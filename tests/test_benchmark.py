@@ -67,16 +67,16 @@ def test_time_is_counted_in_the_phase_that_spends_it(method, monkeypatch, capfd)
 def test_vector_step_against_the_bare_mj_step_calls(env, has_models):
     vector, bare = benchmark.vector_step_times(env, contexts=3, steps=20)
     assert vector > 0
-    assert bare > 0 if has_models else bare is None
+    assert (bare > 0) == has_models  # nan is not
 
 
 def test_environments_lists_them_all(monkeypatch, capfd):
-    times = {"di_inv": (1.0, None), "walker": (3.0, 2.0)}
+    times = {"di_inv": (1.0, float("nan")), "walker": (3.0, 2.0)}
     monkeypatch.setattr(benchmark, "vector_step_times", lambda env, n: times.get(env, (n, 1.0)))
     _, *rows = printed(capfd, "--environments")
     cells = {row[0]: row[1:] for row in rows}
     assert list(cells) == [env for env in aib_envs.ENVS if not env.startswith("ode_")]
-    assert cells["di_inv"] == ["1.00", "–", "–"]
+    assert cells["di_inv"] == ["1.00", "nan", "nan"]
     assert cells["walker"] == ["3.00", "2.00", "1.50"]
     assert cells["cartpole_inv"] == ["20.00", "1.00", "20.00"]
 
@@ -84,13 +84,12 @@ def test_environments_lists_them_all(monkeypatch, capfd):
 def test_methods_lists_them_all(capfd):
     _, _, *rows = printed(capfd, "--methods")
     assert [row[0] for row in rows] == list(dmash.METHODS)
-    cells = {row[0]: row[-4:] for row in rows}
-    assert all(float(rate) > 0 for rate, *_ in cells.values())
-    assert cells["da"][1] == cells["da"][3] == "1.00"
+    cells = {row[0]: row[-2:] for row in rows}
+    assert all(float(rate) > 0 for rate, _ in cells.values())
     agent = dmash.new_agent(dmash.Config(**SETTINGS))
     networks = agent.g, agent.h, agent.f, agent.pi, agent.Q
     size = sum(p.numel() for network in networks for p in network.parameters())
-    assert cells["dma_star_sh"][2] == f"{size:,}"
+    assert cells["dma_star_sh"][1] == f"{size:,}"
 
 
 def test_against_runs_the_code_of_the_other_folder(capfd, tmp_path):

@@ -149,14 +149,13 @@ def five_seeds(tmp_path_factory):
 
 
 def test_returns_by_method_and_environment(five_seeds):
-    head, nothing, most, ours, concat, da, dr = rows_of("table 1", five_seeds)
+    head, nothing, most, ours, concat, _, dr = rows_of("table 1", five_seeds)
     assert head == "| method | di_inv, 10 steps | di_friction, 10 steps | ode, 10 steps |"
     assert nothing.startswith("| no action | 0.0 | 0.0 | ")
     assert most == "| largest possible | 100 | 100 | 200 |"
     # the standard deviation is 15.81; t = 2.776 with four degrees of freedom
     assert ours == f"| DMA*-SH |{' 69.0 [49.4, 88.6] (5) |' * 3}"
     assert concat == f"| Concat |{' 29.0 [9.4, 48.6] (5) |' * 3}"
-    assert da == f"| DA |{' 64.0 [44.4, 83.6] (5) |' * 3}"
     assert dr == f"| DR |{' 29.0 [29.0, 29.0] (3) |' * 3}"  # the unfinished one aside
     ours = rows_of("table 2", five_seeds)[3]
     assert ours.startswith("| DMA*-SH | 67.0 [")
@@ -172,21 +171,21 @@ def test_differences_have_interval_p_and_speed(five_seeds):
 
 
 def test_claims_need_five_seeds_and_holm(five_seeds, monkeypatch):
-    beats_dr, beats_concat, beats_da, *_ = [claim for claim, *_ in compare.CLAIMS]
-    _, dr, _, _, concat, *others = rows_of("claims", five_seeds)
-    assert dr.startswith(f"| {beats_dr} | di_inv, 10 steps | `--quick` | 5, 3 | +40.0 [")
-    assert dr.endswith(" | – | too few seeds |")
-    cells = f"{beats_concat} | di_inv, 10 steps | `--quick` | 5, 5 | +40.0 [+16.9, +63.1]"
+    beats_dr, beats_concat, *_ = [claim for claim, *_ in compare.CLAIMS]
+    few = "+40.0 [+20.4, +59.6] p 0.036 (5, 3) |"
+    _, dr, concat, _ = rows_of("claims", five_seeds)
+    assert dr == f"| {beats_dr} |{f' {few}' * 3} too few seeds (3 of 3) |"
+    cells = " +40.0 [+16.9, +63.1] p 0.016 (5, 5) |" * 3
+    assert concat == f"| {beats_concat} |{cells} inconclusive (3 of 3) |"
+    _, concat, _ = rows_of("claims in short", five_seeds)
     # p = 4 / 252, one of six tested claims, three of them equal
-    assert concat == f"| {cells} | 0.016 | 0.095 | inconclusive |"
-    assert len(others) == 5
-    head, concat, da = rows_of("claims in short", five_seeds)
-    assert head.endswith(" | di_inv, 10 steps | di_friction, 10 steps | ode, 10 steps | verdict |")
-    assert concat == f"| {beats_concat} |{' +40.0 (0.095) |' * 3} inconclusive (3 of 3) |"
-    assert da.startswith(f"| {beats_da} | +5.0 (")
+    assert (
+        concat
+        == f"| {beats_concat} |{' +40.0 [+16.9, +63.1] (0.095) |' * 3} inconclusive (3 of 3) |"
+    )
     monkeypatch.setattr(compare, "MOST_SPLITS", 251)
-    concat = rows_of("claims", five_seeds)[4]
-    assert concat == f"| {cells} | – | – | too many seeds for an exact p |"
+    concat = rows_of("claims", five_seeds)[2]
+    assert concat.endswith(" p – (5, 5) | too many seeds for an exact p (3 of 3) |")
 
 
 def test_verdicts(tmp_path):
@@ -194,15 +193,13 @@ def test_verdicts(tmp_path):
         for method, level in (("dma_star_sh", 70), ("dma_star", 90), ("dr", 10)):
             make_run(tmp_path, "di_inv", method, seed, level + seed)
     _, dr, dma_star = rows_of("claims", tmp_path)
-    assert dr.endswith(" | consistent with the paper |")
-    assert dma_star.endswith(" | against it |")
+    assert dr.endswith(" | consistent with the paper (1 of 1) |")
+    assert dma_star.endswith(" | against it (1 of 1) |")
 
 
 def test_aggregates_weigh_environments_alike(five_seeds):
-    _, concat, da, dr = rows_of("aggregates", five_seeds)
+    _, concat, _, _ = rows_of("aggregates", five_seeds)
     assert concat.startswith("| Concat | 3 | ")
-    assert da.startswith("| DA | 3 | ")
-    assert dr.startswith("| DR | 3 | ")
     for score, cells in (("mean", concat.split(" | ")[2:6]), ("eval_out", concat.split(" | ")[6:])):
         ode = 40 / (200 - compare.no_action("ode", score))
         assert cells[0].startswith(f"+{(0.4 + 0.4 + ode) / 3:.3f} [+")
@@ -219,26 +216,40 @@ def test_published_score_is_the_larger_of_the_last_two_in_each_set(tmp_path):
     assert row.endswith(" | DMA*-SH | 3 | 899 [899, 899] | 929 [929, 929] | 967 |")
 
 
-def test_departures_are_set_beside_the_same_method_without(tmp_path):
-    for seed in range(5):
-        make_run(tmp_path, "di_inv", "dma_star_sh", seed, 80)
-        make_run(tmp_path, "di_inv", "dma_star_sh", seed, 80, departures="published")
-        make_run(tmp_path, "di_inv", "concat", seed, 60)
-        make_run(tmp_path, "di_inv", "concat", seed, 40, departures="published")
-    _, ours, concat = rows_of("departures", tmp_path)
-    assert " | DMA*-SH, published | 5, 5 | +0.0 [+0.0, +0.0] | " in ours
-    assert " | Concat, published | 5, 5 | −20.0 [−20.0, −20.0] | 0.008 | " in concat
-    _, plain, published = rows_of("table 3", tmp_path)  # nothing across departures
+@pytest.fixture(scope="module")
+def departed(tmp_path_factory):
+    """Five seeds of two methods in two environments, with departures and without."""
+    root = tmp_path_factory.mktemp("departed")
+    for seed, (env, size) in itertools.product(range(5), (("di_inv", 1), ("di_perm", 0.5))):
+        for method, plain, published in (("dma_star_sh", 80, 70), ("concat", 60, 30)):
+            make_run(root, env, method, seed, plain * size)
+            make_run(root, env, method, seed, published * size, departures="published")
+    return root
+
+
+def test_departures_are_set_beside_the_same_method_without(departed):
+    _, _, concat, *_ = rows_of("departures", departed)
+    assert " | Concat, published | 5, 5 | −30.0 [−30.0, −30.0] | 0.008 | " in concat
+    _, plain, published, *_ = rows_of("table 3", departed)  # nothing across departures
     assert " | Concat | 5, 5 | +20.0 [+20.0, +20.0] | " in plain
     assert " | Concat, published | 5, 5 | +40.0 [+40.0, +40.0] | " in published
-    _, ours, concat = rows_of("artefacts", tmp_path)
-    assert " | published | DMA*-SH | 5, 5 | +0.0 [+0.0, +0.0] | 1.000 |  |  |  |" in ours
-    assert " | published | Concat | 5, 5 | −20.0 [−20.0, −20.0] | 0.008 | " in concat
-    leads = [cell.split(" [")[0] for cell in concat.split(" | ")[-3:]]
-    assert leads == ["+20.0", "+40.0", "+20.0"]  # without, with, the change
-    _, plain, published = rows_of("claims", tmp_path)
-    assert " | `--quick` | 5, 5 | " in plain
-    assert " | `--quick`, published | 5, 5 | " in published
+    claim = rows_of("claims", departed)[2]
+    assert claim.startswith("| It beats the true context, concatenated, published | +40.0 [")
+
+
+def test_artefacts_have_leads_and_means_over_environments(departed):
+    expected = [
+        ("DMA*-SH, published, minus DMA*-SH", "−10.0", "−5.0", "−0.075"),
+        ("Concat, published, minus Concat", "−30.0", "−15.0", "−0.225"),
+        ("lead over Concat", "+20.0", "+10.0", "+0.150"),
+        ("lead over Concat, published", "+40.0", "+20.0", "+0.300"),
+        ("change of the lead over Concat, published", "+20.0", "+10.0", "+0.150"),
+    ]
+    _, *rows = rows_of("artefacts", departed)
+    for row, (name, *points) in zip(rows, expected, strict=True):
+        first, second, mean = [f"{point} [{point}, {point}]" for point in points]
+        p = "" if "change" in name else " p 0.008 (5, 5)"
+        assert row == f"| {name} | {first}{p} | {second}{p} | {mean} of 2 |"
 
 
 def test_only_equal_settings_are_compared(tmp_path):
