@@ -28,11 +28,11 @@ the rate of the target critics. Here τ is the part of the window that is read.
     6  every second step do twice: {ξ ← ξ − α₁ ∇L_ξ, where L is SAC's policy loss; α by its loss}
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
 
-Lines 5 and 6 use the ω of line 2, although line 3 has changed φ and η since. `Rollout.step` is line
-1, `Agent.update` is lines 2 to 7, and `Run.gradient_step` calls both.
+Lines 5 and 6 use the ω of line 2, although line 3 has changed φ and η since. The published code
+computes ω again. Line 1 is `Rollout.step`, 2 to 7 `Agent.update`; `Run.gradient_step` calls both.
 
-Every episode begins with a warm-up: K steps of the policy, without updates, fill the window. Then
-the environment is reset and the window stays. Training also learns from these transitions;
+Every episode begins with a warm-up: K steps without updates fill the window. Then the environment
+is reset and the window stays. Training also learns from these transitions;
 evaluation does not count their rewards. Methods without an encoder have warm-ups as well, to see
 the same amount of data. A run begins with 5,000 random steps per context, warm-ups not counted.
 
@@ -228,7 +228,7 @@ class Hypernetwork(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(hidden, math.prod(shape)) for shape in self.shapes)
 
     def forward(self, z):
-        """z (M, 8) -> ω."""
+        """z (M, 8), or c (M, d_c), -> ω."""
         y = self.trunk(z)  # (M, 64)
         tensors = [head(y).unflatten(-1, shape) for head, shape in zip(self.heads, self.shapes)]
         return Omega(*tensors)
@@ -249,7 +249,7 @@ def adapter(x, omega):
 class Network(nn.Module):
     """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head.
 
-    In DMA*-SH `omega` is ω. Other methods pass z (B, 8) or the true contexts c (N, d_c) in its
+    With a shared hypernetwork `omega` is ω. Else z (B, 8) or the true contexts c (N, d_c) take its
     place. `use`: "concat" joins it to the input, "adapter" makes the adapter of it, "none" ignores
     it. Where ω is not shared, `make_own` makes this network's own hypernetwork, from z or c to ω.
     """
@@ -274,7 +274,7 @@ class Network(nn.Module):
         if self.use == "adapter":
             if self.own is not None:
                 omega = self.own(omega)
-            x = x.unflatten(0, (len(omega.b_up), -1))  # (M, B / M, 256)
+            x = x.unflatten(0, (len(omega.b_up), -1))  # (M, B / M, 256), by context if M < B
             x = x + adapter(x, omega)  # Eq. 3
             x = x.flatten(0, 1)  # (B, 256)
         return self.head(F.relu(x))
@@ -336,7 +336,7 @@ class Critics(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B transitions, and the window before each. They are ordered by context."""
+    """B transitions, ordered by context, and the window before each."""
 
     s: torch.Tensor  # (B, d_s)
     a: torch.Tensor  # (B, d_a)
@@ -471,7 +471,7 @@ class Agent(nn.Module):
             loss.backward()
             optimizers["dynamics"].step()
 
-        # 4  ω ← stop-gradient(ω) (Eq. 2): the losses below do not reach φ and η
+        # 4  ω ← stop-gradient(ω) (Eq. 2): the losses below do not reach φ and the shared η
         omega = omega.detach()
 
         # 5  ζ ← ζ − α₂ ∇L_ζ
@@ -481,7 +481,7 @@ class Agent(nn.Module):
         loss.backward()
         optimizers["critic"].step()
 
-        # 6  every second step do twice, as CleanRL does: ξ ← ξ − α₁ ∇L_ξ, and the temperature
+        # 6  every second step do twice (as CleanRL): ξ ← ξ − α₁ ∇L_ξ; then α, from the same actions
         if step % 2 == 0:
             self.Q.requires_grad_(False)  # ∂Q/∂a is needed, and ∂Q/∂ζ would only cost time
             for _ in range(2):
@@ -515,7 +515,7 @@ class Method(NamedTuple):
     context: str  # z: inferred by the encoder; c: the true one; none
     rl: str  # what π and Q do with it: adapter, concat, none
     f: str  # what f does with it: adapter, concat; none: there is no f
-    hypernetwork: str  # shared: one, trained by Eq. 1; own: each adapter's, by its network's loss
+    hypernetwork: str  # shared: one, trained by Eq. 1; own: one in each network, by its loss
     mask: float  # probability p of `mask_inputs`
     input_norm: bool  # AvgL1Norm in the encoder
     output_norm: bool  # SimNorm in the encoder
@@ -615,7 +615,7 @@ class Rollout:
     """Acts in all contexts at once. The last K transitions of its replay are the window.
 
     If `noisy`, it collects for training, and a number that is not finite raises FloatingPointError.
-    Else it evaluates: zeros replace such numbers, and `diverged` (N,) tells where that happened.
+    Else it evaluates: zeros replace such rows, and `diverged` (N,) tells where that happened.
     """
 
     def __init__(self, agent, envs, noisy, capacity=None):
@@ -665,7 +665,7 @@ class Rollout:
         return s, a, r, omega
 
     def finite(self, name, values):
-        """`values` (N, ...) with zeros in place of the rows that are not finite."""
+        """`values` (N, ...), changed in place: zeros for the rows that are not finite."""
         broken = ~np.isfinite(values.reshape(self.envs.N, -1)).all(-1)  # (N,)
         if self.noisy and broken.any():
             raise FloatingPointError(f"{name} is not finite")
@@ -683,7 +683,7 @@ def evaluate(
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
     Returns two arrays (contexts, rollouts): the returns, and whether the episode diverged. Rewards
-    after that do not count. Of `cfg` only env and seed matter. `seed` (default: cfg's) decides the
+    from then on do not count. Only env and seed of `cfg` matter. `seed` (cfg's if None) decides the
     initial states; those of the first rollout do not depend on `rollouts`.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
