@@ -32,9 +32,9 @@ Lines 5 and 6 use the ω of line 2, although line 3 has changed φ and η since.
 computes ω again. Line 1 is `Rollout.step`, 2 to 7 `Agent.update`; `Run.gradient_step` calls both.
 
 Every episode begins with a warm-up: K steps without updates fill the window. Then the environment
-is reset and the window stays. Training also learns from these transitions;
-evaluation does not count their rewards. Methods without an encoder have warm-ups as well, to see
-the same amount of data. A run begins with 5,000 random steps per context, warm-ups not counted.
+is reset and the window stays. Training also learns from these transitions; evaluation does not
+count their rewards. Methods without an encoder have warm-ups as well, to see the same amount of
+data. A run begins with 5,000 random steps per context, warm-ups not counted.
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual
 RL under Discontinuous Shifts", arXiv 2602.06550. Equations have its numbers. To start: --help.

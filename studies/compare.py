@@ -78,6 +78,12 @@ def contrast(weights, samples):
     return point, point - half, point + half
 
 
+def mean_contrast(weights, samples):
+    """The mean of sums with these weights. `samples` has those of the first sum first."""
+    n = len(samples) // len(weights)
+    return contrast(np.tile(weights, n) / n, samples)
+
+
 def permutation_p(x, y):
     """Exact and two-sided: of all splits in two, the share with means at least as far apart.
 
@@ -338,9 +344,8 @@ def artefacts_table(runs, score):
             if len(of) == 2:
                 cells[title] += f" p {p_text(permutation_p(*samples))} ({sizes(*of)})"
             common += [scaled(side, score) for side in of]
-        n = len(by_title)
-        mean = contrast(np.tile(weights, n) / n, common)
-        rows.append([name, *cells.values(), f"{cell(mean, 3, '+')} of {n}"])
+        mean = cell(mean_contrast(weights, common), 3, "+")
+        rows.append([name, *cells.values(), f"{mean} of {len(by_title)}"])
     return table(["", *titles, "mean, on the scale of the aggregates"], rows)
 
 
@@ -424,11 +429,10 @@ def claims_table(runs, short=False):
         cells = dict.fromkeys(titles, "–")
         for of in of_claim:
             difference = cell(of.estimate, digits_of(of.better[0].env), "+")
+            rest = f"p {p_text(of.p)} ({sizes(of.better, of.worse)})"
             if short:
-                cells[of.title] = f"{difference} ({p_text(of.corrected)})"
-            else:
-                p = p_text(of.p)
-                cells[of.title] = f"{difference} p {p} ({sizes(of.better, of.worse)})"
+                rest = f"({p_text(of.corrected)})"
+            cells[of.title] = f"{difference} {rest}"
         verdicts = Counter(of.verdict for of in of_claim)
         words = [f"{words} ({n} of {len(of_claim)})" for words, n in verdicts.items()]
         rows.append([claim, *cells.values(), ", ".join(words)])
@@ -474,8 +478,7 @@ def aggregates_table(runs):
 def mean_difference(pairs, left_out=None):
     """The mean over environments, of equal weight, of the differences of two samples each."""
     samples = [side for env, pair in pairs.items() if env != left_out for side in pair]
-    weight = 2 / len(samples)
-    return contrast([weight, -weight] * (len(samples) // 2), samples)
+    return mean_contrast([1, -1], samples)
 
 
 PAPER = {  # its returns for runs of results/: means of the three sets, at its own settings
