@@ -205,11 +205,12 @@ def largest(env):
 
 
 def table(head, rows):
-    """`head` is a list, or a text with | between the columns."""
+    """`head` is a list, or a text with | between the columns. Short rows end with dashes."""
     if isinstance(head, str):
         head = head.split(" | ")
     lines = []
     for row in [head, ["---"] * len(head), *rows]:
+        row = [*row, *"–" * (len(head) - len(row))]
         cells = [printable(cell).replace("|", "\\|") for cell in row]
         lines.append(f"| {' | '.join(cells)} |\n")
     return "".join(lines)
@@ -316,37 +317,41 @@ def departures_table(runs):
     return table(f"environment | with it minus without | {DIFFERENCES}", rows)
 
 
-def artefacts_table(runs, score):
-    """What departures change of each method's score, and of DMA*-SH's lead over it.
+LEADS = [1, -1, -1, 1]  # weights of a difference of leads; the first two are those of a difference
 
-    A column per block. The last is their mean, of equal weight, on the scale of the aggregates.
+
+def artefacts_table(runs, score, short=False):
+    """What departures change of a method's score, and of DMA*-SH's lead over it.
+
+    A row per block, then their mean, of equal weight, on the scale of the aggregates. In short it
+    has the means only.
     """
-    found = {}  # by row and title, two lists of runs, or four for a difference of differences
+    found = {}  # by arm and title: for each column the lists of runs that are compared
     for title, arms, changed, plain in departed(runs):
         first = changed[0]
-        sides = {f"{first.arm}, minus {first.label}": [changed, plain]}
         ours, ours_changed = arms.get(OURS), find(arms, OURS, first.departures)
+        columns = [[changed, plain]]
         if first.label != OURS and ours and ours_changed:
-            sides[f"lead over {first.label}"] = [ours, plain]
-            sides[f"lead over {first.arm}"] = [ours_changed, changed]
-            sides[f"change of the lead over {first.arm}"] = [ours_changed, changed, ours, plain]
-        for name, of in sides.items():
-            found.setdefault(name, {})[title] = of
-    titles = dict.fromkeys(title for of in found.values() for title in of)
+            leads = [ours_changed, changed, ours, plain]
+            columns += [leads[2:], leads[:2], leads]
+        found.setdefault(first.arm, {})[title] = columns
     rows = []
-    for name, by_title in found.items():
-        cells = dict.fromkeys(titles, "not run")
-        common = []
-        for title, of in by_title.items():
-            weights = [1, -1, -1, 1][: len(of)]
-            samples = [scores(side, score) for side in of]
-            cells[title] = cell(contrast(weights, samples), digits_of(of[0][0].env), "+")
-            if len(of) == 2:
-                cells[title] += f" p {p_text(permutation_p(*samples))} ({sizes(*of)})"
-            common += [scaled(side, score) for side in of]
-        mean = cell(mean_contrast(weights, common), 3, "+")
-        rows.append([name, *cells.values(), f"{mean} of {len(by_title)}"])
-    return table(["", *titles, "mean, on the scale of the aggregates"], rows)
+    for arm, blocks in found.items():
+        if not short:
+            for title, columns in blocks.items():
+                digits = digits_of(columns[0][0][0].env)
+                cells = [artefact([of], scores, score, digits) for of in columns]
+                rows.append([arm, title, *cells])
+        means = [artefact(column, scaled, score, 3) for column in zip(*blocks.values())]
+        rows.append([arm, f"mean of {len(blocks)}", *means])
+    leads = "DMA*-SH's lead without | lead with them | change of the lead"
+    return table(f"method | environment | with them minus without | {leads}", rows)
+
+
+def artefact(column, measure, score, digits):
+    """The mean over blocks of a difference, or of a difference of leads."""
+    samples = [measure(side, score) for of in column for side in of]
+    return cell(mean_contrast(LEADS[: len(column[0])], samples), digits, "+")
 
 
 CLAIMS = [  # what the paper says: the first arm is better than the second
@@ -518,6 +523,7 @@ MAKERS = {
     "published scores": published_table,
     "departures": departures_table,
     "artefacts": partial(artefacts_table, score="mean"),
+    "artefacts in short": partial(artefacts_table, score="mean", short=True),
     "artefacts, extrapolation": partial(artefacts_table, score="eval_out"),
 }
 
@@ -558,10 +564,9 @@ def report(places, experiments, out, into, check):
     text = report_text(runs)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(text, encoding="utf-8")
-    figures = list(compare_figures.all_of(blocks_of(runs), returns_without_action))
-    for name, drawing in figures:
+    for name, drawing in compare_figures.all_of(blocks_of(runs), returns_without_action):
         drawing.savefig(out / f"{name}.png", dpi=100)
-    print(f"{out}: report.md of {len(runs)} runs, {len(figures)} figures")
+    print(f"{out}: report.md and figures of {len(runs)} runs")
 
 
 def fill(places, document, check):

@@ -90,8 +90,7 @@ def report(places, out):
     runs = [run for run in found if run.finished and run.env in LEFT_OUT]
     if not runs:
         raise dmash.BadInput(f"{' '.join(places)}: no finished run of {', '.join(LEFT_OUT)}")
-    others = len(found) - len(runs)
-    print(f"{len(runs)} runs; {others} more are unfinished or of other environments\n")
+    print(f"{len(runs)} of {len(found)} runs are finished and leave out a pair of signs\n")
     labels = labels_of([run.settings | {"method": run.method} for run in runs])
     by_label = {}
     rows = []
@@ -104,8 +103,8 @@ def report(places, out):
         estimates = [compare.contrast([1], [compare.scores(of, name)]) for name in dmash.SETS]
         cells = [compare.cell(estimate, 1) for estimate in estimates]
         lines.append([label, len(of), len({run.env for run in of}), *cells])
-    head = ["method", "runs", "pairs left out", "three pairs: train", "eval_in"]
-    print(compare.table([*head, "the pair left out: eval_out"], lines), end="")
+    head = "method | runs | pairs left out | three pairs: train | eval_in | the pair left out: eval_out"
+    print(compare.table(head, lines), end="")
     reader.write_table(out / "unseen.csv", rows)
 
 

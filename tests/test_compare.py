@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import tracemalloc
@@ -233,18 +234,17 @@ def test_verdicts(departed):
 
 
 def test_artefacts_have_leads_and_means_over_environments(departed):
-    expected = [
-        ("DMA*-SH, published, minus DMA*-SH", "−10.0", "−5.0", "−0.075"),
-        ("Concat, published, minus Concat", "+30.0", "+15.0", "+0.225"),
-        ("lead over Concat", "+20.0", "+10.0", "+0.150"),
-        ("lead over Concat, published", "−20.0", "−10.0", "−0.150"),
-        ("change of the lead over Concat, published", "−40.0", "−20.0", "−0.300"),
-    ]
     _, *rows = rows_of("artefacts", departed)
-    for row, (name, *points) in zip(rows, expected, strict=True):
-        first, second, mean = [f"{point} [{point}, {point}]" for point in points]
-        p = "" if "change" in name else " p 0.008 (5, 5)"
-        assert row == f"| {name} | {first}{p} | {second}{p} | {mean} of 2 |"
+    assert [re.findall(r"([+−][\d.]+) \[", row) for row in rows] == [
+        ["−10.0"],  # DMA*-SH on di_inv
+        ["−5.0"],  # on di_perm
+        ["−0.075"],  # the mean
+        ["+30.0", "+20.0", "−20.0", "−40.0"],  # Concat
+        ["+15.0", "+10.0", "−10.0", "−20.0"],
+        ["+0.225", "+0.150", "−0.150", "−0.300"],
+    ]
+    assert rows[2] == "| DMA*-SH, published | mean of 2 | −0.075 [−0.075, −0.075] | – | – | – |"
+    assert rows_of("artefacts in short", departed)[1:] == rows[2::3]
 
 
 def test_only_equal_settings_are_compared(tmp_path):
@@ -450,7 +450,7 @@ def test_figures_show_every_seed_and_no_action(five_seeds, tmp_path, capsys):
         "ode": [("", "distance from the centre")],
     }
     said = said_by(["report", five_seeds, "--out", tmp_path], capsys)
-    assert said == f"{tmp_path}: report.md of 57 runs, 3 figures\n"
+    assert said == f"{tmp_path}: report.md and figures of 57 runs\n"
     assert {path.stem for path in tmp_path.glob("*.png")} == labels.keys()
 
 

@@ -75,7 +75,7 @@ def test_report_by_hand(tmp_path, monkeypatch, capsys):
     make_run(runs, "di_inv", "dr", 1, 99)
     succeed(unseen, "report", runs, "--out", tmp_path)
     text = capsys.readouterr().out
-    assert text.startswith("5 runs; 2 more")
+    assert text.startswith("5 of 7 runs ")
     # the standard deviation of 50, 70 and 30 is 20; t = 4.303 with two degrees of freedom
     cells = "50.0 [0.3, 99.7] | 50.0 [0.3, 99.7] | 47.0 [−2.7, 96.7]"
     assert f"| Concat, polyak 0.05 | 3 | 2 | {cells} |" in text
