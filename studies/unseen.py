@@ -103,7 +103,7 @@ def report(places, out):
         estimates = [compare.contrast([1], [compare.scores(of, name)]) for name in dmash.SETS]
         cells = [compare.cell(estimate, 1) for estimate in estimates]
         lines.append([label, len(of), len({run.env for run in of}), *cells])
-    head = "method | runs | pairs left out | three pairs: train | eval_in | the other: eval_out"
+    head = "method | runs | pairs left out | three pairs: train | eval_in | left out: eval_out"
     print(compare.table(head, lines), end="")
     reader.write_table(out / "unseen.csv", rows)
 
