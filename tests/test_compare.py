@@ -229,7 +229,7 @@ def test_departures_are_set_beside_the_same_method_without(departed):
 def test_verdicts(departed):
     _, plain, published = rows_of("claims", departed)
     assert plain.endswith(" | consistent with the paper (2 of 2) |")
-    assert published.startswith("| It beats the true context, concatenated, published | −20.0 [")
+    assert published.startswith("| DMA*-SH beats Concat, published | −20.0 [")
     assert published.endswith(" | against it (2 of 2) |")
 
 
