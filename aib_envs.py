@@ -63,10 +63,21 @@ sign_y            di_signs           1.0 (-1.0, 1.0)   None           multiplies
 
 To add an environment, write a subclass of `Task` in a module, say my_module.py, and register it:
 
-    class Sliders(aib_envs.Task):                  # DoubleIntegrator is a short example
-        d_s, d_a, state_size, dt = 6, 3, 6, 0.05
+    import numpy as np
+    import aib_envs
+
+    class Sliders(aib_envs.Task):  # three motors, each of which moves a position towards 0
+        d_s, d_a, state_size, dt = 3, 3, 3, 0.05
         multiplies = aib_envs.Task.multiplies | {"sign_z": [2]}  # it has sign_x and sign_y
-        ...                                        # the abstract methods of Task
+
+        def initial_state(self, i, rng):
+            return rng.uniform(-1, 1, size=3)
+
+        def advance(self, actions):  # (N, 3)
+            self.s = self.s + self.dt * self.c["gain"][:, None] * actions
+
+        def reward(self):
+            return np.exp(-np.linalg.norm(self.s, axis=-1))
 
     GAIN = aib_envs.ContextDim("gain", 1.0, (0.5, 1.5), (0.1, 2.0))
     SIGN_Z = aib_envs.ContextDim("sign_z", 1.0, (-1.0, 1.0))
@@ -74,10 +85,11 @@ To add an environment, write a subclass of `Task` in a module, say my_module.py,
 
 `python dmash.py --env my_module:sliders` trains on it, and make("my_module:sliders") makes it. To
 add a dimension to an environment of this file, subclass its task and register a new id with the
-old dimensions and the new one. A dimension acts in one of three ways:
+old dimensions and the new one. A dimension acts in one of four ways:
 - `advance` reads self.c["gain"], an array with one value per instance;
 - a `MujocoTask` writes it into its model, in `xml` or `model`;
-- `multiplies` names the entries of the action that it multiplies, as for the new sign above.
+- `multiplies` names the entries of the action that it multiplies, as for the new sign above;
+- its name is swap: it exchanges the first two actuators of any task.
 A dimension in none of these ways has no effect, and nothing tells so.
 
 The order of this file:
@@ -289,9 +301,9 @@ class Task(ABC):
     def reward(self):
         """The rewards of the last step, (N,)."""
 
-    @abstractmethod
     def picture(self, i):
-        """What `draw` draws of instance i: a View and a list of Shapes."""
+        """What `draw` draws of instance i: a View and a list of Shapes. Only `render` needs it."""
+        raise ValueError(f"{type(self).__name__} has no picture")
 
     def set_state(self, state):
         """Sets the physical state of all instances, (N, state_size)."""
@@ -434,6 +446,7 @@ class DoubleIntegrator(Task):
 
     def advance(self, actions):
         mass = self.c["mass"]
+        # Below 0 for the smallest masses with the highest frictions, as in the paper's equations.
         keep = 1 - self.dt * self.c.get("friction", 0) / mass
         v = self.s[:, 2:]
         # The position moves with the old velocity.
@@ -1170,8 +1183,9 @@ class BadEnvironment(ValueError):
 class GymnasiumTask(Task):
     """An environment of Gymnasium without terminal states. The context changes its actuators.
 
-    Observation, reward and start are those of the environment. Actions in [-1, 1] are rescaled to
-    its bounds. Context: actuator_strength and action_factor multiply the action, without a unit.
+    Observation, reward and start are those of the environment. Context, without units: an action
+    in [-1, 1] is multiplied by action_factor, clipped, multiplied by actuator_strength, clipped
+    again, and rescaled to the environment's bounds. So no actuator gets more than these bounds.
     The physical state can neither be read nor set, and is empty here. `gymnasium_spec` makes the
     class for an id.
     """
@@ -1197,10 +1211,10 @@ class GymnasiumTask(Task):
         return np.zeros(0)
 
     def advance(self, actions):
-        # `Task.step` multiplied by action_factor and clipped. The strength scales what was clipped.
+        # `Task.step` has multiplied by action_factor and clipped.
         actions = np.clip(actions * self.c["actuator_strength"][:, None], -1, 1)
         self.seen, self.r, terminated, truncated, _ = self.envs.step(actions.astype(np.float32))
-        if terminated.any() or truncated.any():
+        if (terminated | truncated).any():
             reason = "has terminal states, which no environment here may have"
             raise BadEnvironment(f"gymnasium:{self.gymnasium_id} {reason}")
 
@@ -1209,9 +1223,6 @@ class GymnasiumTask(Task):
 
     def reward(self):
         return self.r
-
-    def picture(self, i):
-        raise ValueError(f"gymnasium:{self.gymnasium_id}: no picture here, but by gymnasium.make")
 
 
 @functools.cache
@@ -1262,7 +1273,8 @@ class VectorEnv:
 
     It is no gymnasium.vector.VectorEnv: `step` returns observations, rewards, and whether all
     episodes end, which they do together. Each instance has its own generator, spawned from `seed`
-    by numpy's SeedSequence. The subclass `ContextualEnv` keeps Gymnasium's rules.
+    by numpy's SeedSequence, which takes a number or None. The subclass `ContextualEnv` keeps
+    Gymnasium's rules.
     """
 
     def __init__(self, env_id: str, contexts: Contexts, seed: Any):
@@ -1416,6 +1428,9 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
 def make(env_id: str, horizon: int | None = None, **options: Any) -> ContextualEnv:
     """The environment in the context given by name; what is not named has its default.
 
+    `horizon`: None is that of the table, -1 never ends an episode. render_mode="rgb_array" makes
+    `render` draw. An unknown id or name, or a bad value, is a ValueError.
+
     Like an environment of gymnasium.make, it has a `spec` from which others can make it anew, but
     for the ids "gymnasium:...".
     """
@@ -1433,8 +1448,10 @@ def make(env_id: str, horizon: int | None = None, **options: Any) -> ContextualE
 class ContextualVectorEnv(gymnasium.vector.SyncVectorEnv):
     """Instances by the rules of Gymnasium's vector environments, for gymnasium.make_vec.
 
-    contexts: a list of `num_envs` contexts, or the name of a set; context values given by name
-    hold in all of them. max_episode_steps is the horizon of ContextualEnv.
+    contexts: a list of `num_envs` contexts, or the name of a set of `num_envs` contexts, which are
+    not the first ones of 20 (see `context_sets`). Context values given by name hold in all of them.
+    max_episode_steps is the horizon of ContextualEnv. With a vectorization_mode, make_vec does not
+    know `contexts`.
     All else is SyncVectorEnv's: the step after the end of an episode begins the next one.
     infos["context"] has an array (num_envs,) per dimension.
     """
@@ -1481,8 +1498,8 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
     """Draws a context at each reset, by the environment's generator.
 
     `contexts` is a list, the name of a set, or a dict of ranges, {"length": (0.3, 0.85)}. A range
-    is drawn from uniformly. A dimension that `contexts` does not name keeps the value that it had
-    when the environment was wrapped.
+    is drawn from uniformly; of a binary dimension, one of its two ends. A dimension that `contexts`
+    does not name keeps the value that it had when the environment was wrapped.
     """
 
     def __init__(self, env: gymnasium.Env, contexts: Any = "train"):
@@ -1492,9 +1509,15 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
         gymnasium.Wrapper.__init__(self, env)
         inner = contextual(env)
         self.ranges = {}
+        self.binary = [dim.name for dim in lookup(inner.env_id).context if dim.binary]
         if isinstance(contexts, dict):
-            check_ranges(inner.env_id, contexts)
-            self.ranges = dict(contexts)
+            for name, ends in contexts.items():
+                low, high = finite(f"range of {name}", ends, (2,)).tolist()
+                if low > high:
+                    raise ValueError(f"range of {name} {shown(ends)}: must go up")
+                for value in ends:
+                    full_context(inner.env_id, {name: value})
+                self.ranges[name] = ends
             contexts = [{}]
         self.contexts = [
             full_context(inner.env_id, each, inner.context)
@@ -1508,8 +1531,11 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
             self.env.reset(seed=seed)
         options = dict(options or {})
         context = dict(self.np_random.choice(self.contexts))
-        for name, (low, high) in self.ranges.items():
-            context[name] = self.np_random.uniform(low, high)
+        for name, ends in self.ranges.items():
+            if name in self.binary:
+                context[name] = self.np_random.choice(ends)
+            else:
+                context[name] = self.np_random.uniform(*ends)
         # The environment checks the values themselves.
         context |= named("context", options.pop("context", {}), list(context))
         return self.env.reset(options=options | {"context": context})
@@ -1616,7 +1642,8 @@ def register(
     """Adds an environment. The arguments are a row of EnvSpec.
 
     `make` then knows it, Gymnasium as aib/<env_id>-v0, and dmash.py as --env <module>:<env_id>. The
-    module is the one that calls `register`. A ValueError says what is wrong.
+    module is the one that calls `register`. A ValueError says what is wrong with the row. Two
+    instances of the class are tried for one step, whose own errors pass through.
     """
     # The class would not tell the module: it may come from this file.
     module = sys._getframe(1).f_globals["__name__"]
@@ -1751,16 +1778,6 @@ def allowed_value(dim, value):
     if dim.only and number not in dim.only:
         raise ValueError(f"{must_be} one of {dim.only}")
     return number
-
-
-def check_ranges(env_id, ranges):
-    for name, values in ranges.items():
-        low, high = finite(f"range of {name}", values, (2,)).tolist()
-        if low > high:
-            raise ValueError(f"range of {name} {shown(values)}: must go up")
-        # The middle is refused where only two values are accepted, as for swap. A sign has others.
-        for value in (low, (low + high) / 2, high):
-            full_context(env_id, {name: value})
 
 
 def contextual(env):
