@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 from torch.distributions import Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
+from torch.testing import assert_close
 
 import aib_envs
 import dmash
@@ -194,9 +195,12 @@ def test_mask_inputs_does_not_scale_what_is_left():
 
 
 def test_avg_l1_norm_by_hand():
-    x = torch.tensor([[1.0, -3.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    x = torch.tensor([[1.0, -3.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     by_hand = torch.tensor([[0.5, -1.5, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    assert torch.equal(dmash.avg_l1_norm(x), by_hand)
+    y = dmash.avg_l1_norm(x)
+    assert_close(y, by_hand)
+    y.sum().backward()
+    assert x.grad.isfinite().all()  # a masked transition is a row of zeros
 
 
 def test_sim_norm_by_hand():
@@ -207,7 +211,7 @@ def test_sim_norm_by_hand():
             total = sum(math.exp(x[row, i]) for i in group)
             for i in group:
                 by_hand[row, i] = math.exp(x[row, i]) / total
-    torch.testing.assert_close(dmash.sim_norm(x, 4), by_hand)
+    assert_close(dmash.sim_norm(x, 4), by_hand)
 
 
 @pytest.mark.parametrize("method", INFERRED)
@@ -246,7 +250,7 @@ def test_encoder_equals_a_step_by_step_lstm(method):
         z = standardised(z)  # LayerNorm as it starts
     if row.output_norm:
         z = z.reshape(B, 2, 4).softmax(-1).reshape(B, 8)
-    torch.testing.assert_close(g(tau, noisy=False), z)
+    assert_close(g(tau, noisy=False), z)
 
 
 def standardised(x):
@@ -276,10 +280,10 @@ def test_gaussian_encoder_equals_torch_distributions():
             norm.bias.normal_()
     tau = torch.randn(1, L, 2 * D_S + D_A).expand(n, -1, -1)
     normal, kl = pearl_code(g, tau)
-    torch.testing.assert_close(g(tau, noisy=False).double(), normal.mean)
-    torch.testing.assert_close(g.kl.double(), kl)
+    assert_close(g(tau, noisy=False).double(), normal.mean)
+    assert_close(g.kl.double(), kl)
     sample = g(tau, noisy=True)
-    torch.testing.assert_close(g.kl.double(), kl)
+    assert_close(g.kl.double(), kl)
     standard = (sample - normal.mean) / normal.stddev
     assert standard.mean(0).abs().max() < 5 / math.sqrt(n)
     assert (standard.std(0) - 1).abs().max() < 5 / math.sqrt(2 * n)
@@ -317,7 +321,7 @@ def test_hypernetwork_equals_a_loop_over_samples():
     omega = h(z)
     for b in range(B):
         for fast, slow in zip(omega, omega_by_hand(h, z[b])):
-            torch.testing.assert_close(fast[b].squeeze(0), slow)
+            assert_close(fast[b].squeeze(0), slow)
 
 
 def test_hypernetwork_heads_start_as_linear_layers_of_pytorch():
@@ -339,11 +343,11 @@ def test_adapter_and_its_gradients_equal_a_loop_over_samples(n):
         omega = omega_by_hand(h, z[b])
         for i in range(n):
             slow[b, i] = adapter_by_hand(x[b, i], *omega)
-    torch.testing.assert_close(fast, slow)
+    assert_close(fast, slow)
     direction, weights = torch.randn_like(fast), [z, x, *h.parameters()]
     fast_gradients = torch.autograd.grad(fast, weights, direction)
     slow_gradients = torch.autograd.grad(slow, weights, direction)
-    torch.testing.assert_close(fast_gradients, slow_gradients)
+    assert_close(fast_gradients, slow_gradients)
 
 
 def make_own():
@@ -377,7 +381,7 @@ def test_network_adds_the_adapter_to_x_before_the_relu(use):
     net, inputs = dmash.Network(7, 3, D_X, **USES[use]), torch.randn(B, 7)
     omega = random_omega() if use == "adapter" else torch.randn(B, 8)
     by_hand = network_by_hand(net, inputs, omega)
-    torch.testing.assert_close(net(inputs, omega), by_hand, rtol=1e-4, atol=1e-5)
+    assert_close(net(inputs, omega), by_hand, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -388,7 +392,7 @@ def test_critics_are_two_networks_with_a_column_each(use):
     inputs, out = torch.cat([s, a], -1), critics(s, a, omega)
     for net, column in ((critics.Q1, out[:, :1]), (critics.Q2, out[:, 1:])):
         by_hand = network_by_hand(net, inputs, omega)
-        torch.testing.assert_close(column, by_hand, rtol=1e-4, atol=1e-5)
+        assert_close(column, by_hand, rtol=1e-4, atol=1e-5)
     assert not torch.equal(out[:, 0], out[:, 1])
 
 
@@ -406,9 +410,9 @@ def test_actor_squashes_the_log_std_into_its_range():
         for raw in (-50.0, -1.0, 0.0, 2.0, 50.0):
             pi.head.bias[:] = torch.tensor([0.5, raw])
             mu, log_std = pi(s, omega)
-            torch.testing.assert_close(mu, torch.full((B, 1), 0.5))
+            assert_close(mu, torch.full((B, 1), 0.5))
             by_hand = -5 + 7 * (math.tanh(raw) + 1) / 2
-            torch.testing.assert_close(log_std, torch.full((B, 1), by_hand))
+            assert_close(log_std, torch.full((B, 1), by_hand))
 
 
 def test_actor_sample_has_the_log_probability_of_torch_distributions():
@@ -419,7 +423,7 @@ def test_actor_sample_has_the_log_probability_of_torch_distributions():
     oracle = TransformedDistribution(normal, [TanhTransform()])
     by_hand = oracle.log_prob(a.double()).sum(-1)
     assert log_prob.shape == (B,)
-    torch.testing.assert_close(log_prob.double(), by_hand, rtol=1e-3, atol=1e-3)
+    assert_close(log_prob.double(), by_hand, rtol=1e-3, atol=1e-3)
 
 
 def test_actor_sample_is_distributed_as_its_gaussian_and_reparameterised():
@@ -436,13 +440,17 @@ def test_actor_sample_is_distributed_as_its_gaussian_and_reparameterised():
     assert (gradient != 0).all()  # through the mean and through the standard deviation
 
 
-def test_actor_sample_is_finite_where_tanh_saturates():
+def test_actor_sample_is_exact_where_tanh_saturates():
+    """There log(1 − tanh²u) is log 4 − 2u."""
     pi, s, omega = new_actor(), torch.randn(B, D_S), random_omega()
     with torch.no_grad():
         pi.head.bias[:] = torch.tensor([30.0, 0.0])  # tanh(30) is 1 in single precision
-    a, log_prob = pi.sample(s, omega)
+    a, log_prob = with_seed(pi.sample, s, omega)
     assert torch.equal(a, torch.ones(B, 1))
-    assert torch.isfinite(log_prob).all()
+    mu, log_std = pi(s, omega)
+    u = mu + log_std.exp() * with_seed(torch.randn_like, mu)
+    by_hand = Normal(mu, log_std.exp()).log_prob(u) - math.log(4) + 2 * u
+    assert_close(log_prob, by_hand.sum(-1))
 
 
 def test_dynamics_loss_is_the_mean_over_samples_and_dimensions():
@@ -452,7 +460,7 @@ def test_dynamics_loss_is_the_mean_over_samples_and_dimensions():
     for b in range(B):
         for i in range(D_S):
             total += (predicted[b, i] - batch.ds[b, i]) ** 2
-    torch.testing.assert_close(dmash.dynamics_loss(f, omega, batch), total / (B * D_S))
+    assert_close(dmash.dynamics_loss(f, omega, batch), total / (B * D_S))
 
 
 def new_critics():
@@ -474,7 +482,7 @@ def test_critic_loss_by_hand():
     arguments = torch.tensor(0.3), random_omega(), random_batch(), 0.9
     loss = with_seed(dmash.critic_loss, *networks, *arguments)
     by_hand = with_seed(critic_loss_by_hand, *networks, *arguments)
-    torch.testing.assert_close(loss, by_hand)
+    assert_close(loss, by_hand)
 
 
 def test_critic_loss_trains_the_critics_alone():
@@ -491,7 +499,7 @@ def test_actor_loss_by_hand():
     a, again = with_seed(pi.sample, batch.s, omega)
     q = Q(batch.s, a, omega)
     by_hand = sum(0.3 * again[b] - min(q[b, 0], q[b, 1]) for b in range(B)) / B
-    torch.testing.assert_close(loss, by_hand)
+    assert_close(loss, by_hand)
     assert torch.equal(log_prob, again)
     assert not log_prob.requires_grad
 
@@ -500,7 +508,7 @@ def test_temperature_loss_by_hand():
     log_alpha, log_prob = torch.tensor(-1.0, requires_grad=True), torch.randn(B)
     loss = dmash.temperature_loss(log_alpha, log_prob, target_entropy=-2.0)
     (gradient,) = torch.autograd.grad(loss, [log_alpha])
-    torch.testing.assert_close(gradient, -math.exp(-1) * (log_prob.mean() - 2))
+    assert_close(gradient, -math.exp(-1) * (log_prob.mean() - 2))
 
 
 # ---- Methods and what the published code computes -----------------------------------------------
@@ -681,7 +689,7 @@ def test_agent_computes_what_the_published_code_does(method):
     assert set(computed) == set(expected)
     for name, value in computed.items():
         atol = 1e-5 if name == "omega_sum" else 2e-6
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=atol)
+        assert_close(value, expected[name], rtol=1e-5, atol=atol)
 
 
 # ---- The agent: which network sees what ---------------------------------------------------------
@@ -756,17 +764,17 @@ def test_agent_uses_a_row_of_c_for_all_samples_of_its_context(method):
     once = all_outputs(agent, batch, None, batch.c)
     repeated = all_outputs(agent, batch, None, each)
     for name in once:
-        torch.testing.assert_close(once[name], repeated[name])
+        assert_close(once[name], repeated[name])
     for b in range(B):
         alone = batch._replace(s=batch.s[b : b + 1], a=batch.a[b : b + 1])
         for name, output in all_outputs(agent, alone, None, each[b : b + 1]).items():
-            torch.testing.assert_close(output[0], once[name][b], rtol=1e-4, atol=1e-5)
+            assert_close(output[0], once[name][b], rtol=1e-4, atol=1e-5)
 
 
 def test_act_samples_for_training_and_takes_the_mean_for_evaluation():
     agent, s, omega = small_agent(), torch.randn(B, D_S), random_omega()
     mean = agent.act(s, omega, noisy=False)
-    torch.testing.assert_close(mean, agent.pi(s, omega)[0].tanh())
+    assert_close(mean, agent.pi(s, omega)[0].tanh())
     assert not mean.requires_grad
     a = with_seed(agent.act, s, omega, True)
     assert torch.equal(a, with_seed(agent.pi.sample, s, omega)[0])
@@ -1006,7 +1014,7 @@ def test_update_equals_algorithm_2_in_another_way(method):
         for name, group in parameter_groups(ours).items():
             for p, q in zip(group, other.groups[name], strict=True):
                 where = f"{name}, update {number}"
-                torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5, msg=where)
+                assert_close(p, q, rtol=1e-4, atol=2e-5, msg=where)
 
 
 def test_update_moves_the_target_critics_by_rho():
@@ -1017,7 +1025,7 @@ def test_update_moves_the_target_critics_by_rho():
         agent.update(random_batch(), step)
         targets = list(agent.Q_target.parameters())
         for target, old, new in zip(targets, before, agent.Q.parameters(), strict=True):
-            torch.testing.assert_close(target, 0.995 * old + 0.005 * new)
+            assert_close(target, 0.995 * old + 0.005 * new)
             assert target.is_leaf and not target.requires_grad
 
 
@@ -1055,7 +1063,7 @@ def test_update_averages_the_policy_where_asked():
     for number in range(1, 5):
         agent.update(random_batch(), number)
     for average, p in zip(agent.pi_average.parameters(), by_hand, strict=True):
-        torch.testing.assert_close(average, p)
+        assert_close(average, p)
         assert not average.requires_grad
     s, omega = torch.randn(B, D_S), random_omega()
     averaged = agent.pi_average.mean(s, omega)
@@ -1332,7 +1340,7 @@ def test_rollout_steps_are_what_the_replay_holds(method):
         assert equal(omega, expected)
         assert not any(x.requires_grad for x in tensors(omega))
         assert torch.equal(a, agent.act(s, expected, noisy=False))
-        torch.testing.assert_close(rollout.s, torch.from_numpy(envs.task.observation()).float())
+        assert_close(rollout.s, torch.from_numpy(envs.task.observation()).float())
 
 
 def test_rollout_draws_random_actions_uniformly():
@@ -1354,7 +1362,7 @@ def test_critic_loss_bootstraps_at_the_time_limit():
         rollout.step()
     batch = rollout.replay.sample(B)  # the last transition alone has its window in the ring
     reached = torch.from_numpy(envs.task.observation()).float()
-    torch.testing.assert_close(batch.s + batch.ds, reached.repeat_interleave(B // 3, 0))
+    assert_close(batch.s + batch.ds, reached.repeat_interleave(B // 3, 0))
     networks = [
         dmash.Actor(4, 2, d_x=D_X),
         dmash.Critics(4, 2, d_x=D_X),
@@ -1362,7 +1370,7 @@ def test_critic_loss_bootstraps_at_the_time_limit():
     ]
     arguments = [*networks, torch.tensor(0.3), random_omega(), batch, 0.9]
     loss = with_seed(dmash.critic_loss, *arguments)
-    torch.testing.assert_close(loss, with_seed(critic_loss_by_hand, *arguments))
+    assert_close(loss, with_seed(critic_loss_by_hand, *arguments))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -117,7 +117,9 @@ BUGS = {
                 ", the true contexts, which Concat and DA read\n"
                 "    done: torch.Tensor | float = 0.0  # (B,)\n"
             ),
-            "batch.r + gamma * v2": "batch.r + gamma * (1 - batch.done) * v2",
+            "batch.r + gamma * v2  # no (1 − done): a time limit is no terminal state": (
+                "batch.r + gamma * (1 - batch.done) * v2"
+            ),
             "        self.t = 0  # transitions": (
                 "        self.ends = torch.zeros(capacity, device=c.device)\n"
                 "        self.t = 0  # transitions"

@@ -269,8 +269,9 @@ ANSWERS = [  # task, dmash.py, cases passed, how the reason begins
     ("double", inside("while True: __import__('time').sleep(1)"), 0, STOPPED),
     ("double", inside("raise KeyboardInterrupt"), 0, STOPPED),
     ("double", b"def double(:", 0, "SyntaxError"),
-    ("double", b"x = 1", 0, "ValueError('double stands 0 times"),
+    ("double", b"x = 1", 0, "ValueError: double stands 0 times"),
     ("bug", b"\xef\xbb\xbf# no pytest\ntwo = 2\ndef double(x): return two * x", 2, ""),
+    ("double", "ä".encode("latin-1"), 0, "UnicodeDecodeError: 'utf-8' codec can't decode byte"),
     ("bug", b"1 / 0", 0, "test_dmash"),  # it cannot be imported
     ("bug", b"exit(0)", 0, ""),  # pytest's own name for it is the reason
     ("bug", b"import sys; sys.modules['test_dmash'] = None", 0, "names sys.modules"),
@@ -287,7 +288,7 @@ def test_what_a_student_hands_in_is_marked(task, text, passed, reason, teacher, 
 
 MARKS = f"""task,passed,points,folder,reason
 double,2 of 2,1,ann,
-double,1 of 2,0,bob,test_three
+double,1 of 2,0,bob,test_three: assert 3 == 6
 double,0 of 2,0,eve,"{STOPPED}"
 double,0 of 2,0,gone,no dmash.py
 """
