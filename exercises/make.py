@@ -177,10 +177,11 @@ def run_tests(task, source, timeout):
         return {}
     reasons = {}
     for case in cases:
-        reasons[case.get("name")] = ""
+        name = case.get("name")
+        reasons[name] = ""
         for failure in case:  # or a skip; at most one
             message = failure.get("message", "").splitlines()
-            reasons[case.get("name")] = ": ".join([case.get("name"), *message[:1]])
+            reasons[name] = ": ".join([name, *message[:1]])
     return reasons
 
 
@@ -201,8 +202,8 @@ def mark(folder, task, timeout):
     cases = run_tests(task, source, timeout)
     if not cases:
         return 0, "crashed, left, or took too long"
-    wrong = list(filter(None, cases.values()))
-    return len(cases) - len(wrong), "".join(wrong[:1])
+    wrong = [reason for reason in cases.values() if reason]
+    return len(cases) - len(wrong), next(iter(wrong), "")
 
 
 def print_marks(folders, tasks, timeout, as_csv):

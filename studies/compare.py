@@ -339,7 +339,8 @@ def artefacts_table(runs, score, short=False):
     for arm, blocks in found.items():
         if not short:
             for title, columns in blocks.items():
-                digits = digits_of(columns[0][0][0].env)
+                changed, _ = columns[0]
+                digits = digits_of(changed[0].env)
                 cells = [artefact([of], scores, score, digits) for of in columns]
                 rows.append([arm, title, *cells])
         means = [artefact(column, scaled, score, 3) for column in zip(*blocks.values())]
