@@ -8,6 +8,7 @@ losses of policy and critics, ω is a constant. At evaluation nothing is trained
 
 Axes, in every shape below: B samples (when acting: N), N contexts, K transitions in a window, L of
 them read, M different ω. d_s, d_a, d_c: size of state, action, context. Numbers are default sizes.
+`noisy` means as in training: subsets of windows are random, inputs are masked, actions sampled.
 
     window of K past transitions (s, a, δs)
         │  τ (B, L, 2 d_s + d_a)      L = ⌊0.2 K⌋ of them
@@ -31,10 +32,10 @@ the rate of the target critics. Here τ is the part of the window that is read.
 Lines 5 and 6 use the ω of line 2, although line 3 has changed φ and η since. The published code
 computes ω again. Line 1 is `Rollout.step`, 2 to 7 `Agent.update`; `Run.gradient_step` calls both.
 
-Every episode begins with a warm-up: K steps without updates fill the window. Then the environment
-is reset and the window stays. Training also learns from these transitions; evaluation does not
-count their rewards. Methods without an encoder have warm-ups as well, to see the same amount of
-data. A run begins with 5,000 random steps per context, warm-ups not counted.
+A warm-up precedes every episode: K steps without updates fill the window. Then the environment is
+reset and the window stays. Training also learns from these transitions; evaluation does not count
+their rewards. Methods without an encoder have warm-ups as well, to see the same amount of data. A
+run begins with 5,000 random steps per context and random warm-ups, which are not counted.
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual
 RL under Discontinuous Shifts", arXiv 2602.06550. Equations have its numbers. To start: --help.
@@ -88,7 +89,7 @@ class Config:
     env: str = option("cartpole_inv", "python aib_envs.py shows all; or module:id, or gymnasium:id")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
     seed: int = option(1, "seed of networks, noise, batches and initial states", 0, 2**32 - 1)
-    quick: bool = option(False, "learn in minutes: a tenth of the steps, and the settings of QUICK")
+    quick: bool = option(False, "learn in minutes: a tenth of the steps, and faster settings")
     steps: int = option(None, "gradient steps (default: by environment)", 1)
     out: str = option("runs", "where the run folder, <env>__<method>[__quick]__s<seed>, is made")
     device: str = option("cpu", "torch device: cpu, cuda or cuda:<number>")
@@ -108,7 +109,7 @@ class Config:
     hidden: int = option(256, "width d_x of f, π and Q", 1)
     gamma: float = option(0.99, "γ, discount factor", 0, 1)
     polyak: float = option(0.005, "ρ, rate of the target critics' moving average", 1e-6, 1)
-    batch: int = option(256, "transitions in a batch, rounded down to a multiple of N", 1)
+    batch: int = option(256, "transitions in a batch, rounded down to a multiple of contexts", 1)
     dynamics_lr: float = option(3e-4, "α₃, learning rate of φ, η and θ", 1e-9, 1)
     critic_lr: float = option(1e-3, "α₂, learning rate of the critics", 1e-9, 1)
     actor_lr: float = option(3e-4, "α₁, learning rate of the policy", 1e-9, 1)
@@ -116,7 +117,7 @@ class Config:
     alpha: float = option(1.0, "α, temperature, at the start", 1e-6, 100)
     policy_average: float = option(0.0, "rate of a moving average of π to evaluate; 0: none", 0, 1)
     buffer: int = option(None, "replay, steps per context (default: 100,000 + warm-ups)", 1)
-    random_steps: int = option(5000, "random steps before the first gradient step", 0)
+    random_steps: int = option(5000, "random steps per context before the first gradient step", 0)
 
     def __post_init__(self):
         complete(self)
@@ -126,7 +127,7 @@ class Config:
         return max(1, int(self.subsample * self.K + 1e-9))  # in floats 0.29 * 100 is below 29
 
 
-# What --quick changes in all environments and methods, so that SAC learns sooner (see `quick`).
+# What --quick changes besides the steps, so that SAC learns sooner. `quick_config` applies it.
 QUICK = {"polyak": 0.05, "alpha": 0.1, "alpha_lr": 2e-3, "actor_lr": 1e-3, "dynamics_lr": 1e-3}
 QUICK |= {"policy_average": 0.005, "eval_every": 1000}
 
@@ -136,12 +137,12 @@ QUICK |= {"policy_average": 0.005, "eval_every": 1000}
 def subsample(B, K, L, noisy, device=None):
     """Which L of the K transitions in a window are read: their positions, (B, L).
 
-    `noisy` means, in the whole file, as in training: a random subset in random order (a context
-    does not depend on time), masks, sampled codes and actions. Else: evenly spaced, oldest first.
+    If `noisy`, a random subset in random order: a context does not depend on time. Else evenly
+    spaced, oldest first.
     """
     if noisy:
-        return torch.rand(B, K, device=device).topk(L).indices  # places of the L largest numbers
-    even = torch.arange(L, device=device) * (K - 1) // max(L - 1, 1)  # from 0 to K - 1
+        return torch.rand(B, K, device=device).topk(L).indices  # topk sorts by the random numbers
+    even = torch.arange(L, device=device) * (K - 1) // max(L - 1, 1)  # ⌊i (K − 1) / (L − 1)⌋
     return even.expand(B, L)
 
 
@@ -187,7 +188,7 @@ class ContextEncoder(nn.Module):
         e = self.embed(tau)  # (B, L, 32)
         if self.input_norm:
             e = avg_l1_norm(e)
-        _, (last, _) = self.lstm(e)  # (1, B, 32): there is one layer
+        _, (last, _) = self.lstm(e)  # last (1, B, 32): there is one layer
         return last[0]
 
     def forward(self, tau, noisy):
@@ -205,7 +206,7 @@ class Omega(NamedTuple):
     """ω, the weights of M adapters.
 
     Each sample has its own window, so its own z and ω: M = B. In DA, ω comes from the true
-    contexts: M = N, and samples of a context share a row. The matrices are Eq. 3's, transposed.
+    contexts: M = N, and samples of a context share one ω. The matrices are Eq. 3's, transposed.
     """
 
     W_down: torch.Tensor  # (M, 256, 32)
@@ -249,9 +250,9 @@ def adapter(x, omega):
 class Network(nn.Module):
     """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head.
 
-    With a shared hypernetwork `omega` is ω. Else z (B, 8) or the true contexts c (N, d_c) take its
-    place. `use`: "concat" joins it to the input, "adapter" makes the adapter of it, "none" ignores
-    it. Where ω is not shared, `make_own` makes this network's own hypernetwork, from z or c to ω.
+    A shared hypernetwork gives it ω. Without one it gets z (B, 8) or the true contexts c (N, d_c).
+    `use`: "concat" joins this to the input, "adapter" makes the adapter of it, "none" ignores it.
+    Where ω is not shared, `make_own` makes this network's own hypernetwork, from z or c to ω.
     """
 
     def __init__(self, d_in, d_out, d_x=256, use="adapter", d_context=0, make_own=None):
@@ -264,16 +265,15 @@ class Network(nn.Module):
         self.trunk = nn.Sequential(nn.Linear(d_in, d_x), nn.ReLU(), nn.Linear(d_x, d_x))
         self.head = nn.Linear(d_x, d_out)
 
-    def forward(self, inputs, omega):
-        """inputs (B, d_in) -> (B, d_out)."""
+    def forward(self, inputs, given):
+        """inputs (B, d_in) -> (B, d_out). `given` is ω, z or c."""
         if self.use == "concat":
             # z has a row for each sample, c one for each context. Samples are ordered by context.
-            context = omega.repeat_interleave(len(inputs) // len(omega), 0)  # (B, 8) or (B, d_c)
+            context = given.repeat_interleave(len(inputs) // len(given), 0)  # (B, 8) or (B, d_c)
             inputs = torch.cat([inputs, context], -1)
         x = self.trunk(inputs)  # (B, 256), no activation yet
         if self.use == "adapter":
-            if self.own is not None:
-                omega = self.own(omega)
+            omega = given if self.own is None else self.own(given)
             x = x.unflatten(0, (len(omega.b_up), -1))  # (M, B / M, 256), by context if M < B
             x = x + adapter(x, omega)  # Eq. 3
             x = x.flatten(0, 1)  # (B, 256)
@@ -336,7 +336,7 @@ class Critics(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B transitions, ordered by context, and the window before each."""
+    """B transitions, ordered by context, and τ of the window before each."""
 
     s: torch.Tensor  # (B, d_s)
     a: torch.Tensor  # (B, d_a)
@@ -393,20 +393,20 @@ class Agent(nn.Module):
         self.method = method = METHODS[cfg.method]  # a row of the table below
         d_context = {"z": cfg.d_z, "c": d_c, "none": 0}[method.context]
 
-        def hypernetwork():
+        def make_hypernetwork():
             return Hypernetwork(d_context, cfg.hyper_hidden, cfg.hidden, cfg.bottleneck)
 
         options = dict(d_x=cfg.hidden, d_context=d_context)
         if method.hypernetwork == "own":
-            options["make_own"] = hypernetwork
+            options["make_own"] = make_hypernetwork  # for each network that carries an adapter
 
         self.g = self.h = self.f = None  # None stays where the method has no such network.
         if method.context == "z":
-            Encoder = GaussianEncoder if method.kl else ContextEncoder
+            Encoder = GaussianEncoder if method.beta else ContextEncoder
             norms = method.input_norm, method.output_norm
             self.g = Encoder(d_s, d_a, cfg.d_z, cfg.encoder_hidden, cfg.mask, *norms)  # φ
         if method.hypernetwork == "shared":
-            self.h = hypernetwork()  # η
+            self.h = make_hypernetwork()  # η
         if method.f != "none":
             self.f = DynamicsModel(d_s, d_a, use=method.f, **options)  # θ
         self.pi = Actor(d_s, d_a, use=method.rl, **options)  # ξ
@@ -438,7 +438,7 @@ class Agent(nn.Module):
         """Returns z (B, 8) and ω, for tau (B, L, 2 d_s + d_a).
 
         Without a shared hypernetwork, z takes the place of ω. Without an encoder, z is None and the
-        true contexts c (N, d_c) take the place of ω. DR, which ignores its context, gets them too.
+        true contexts c (N, d_c) take the place of ω. DR gets them, too, but uses none.
         """
         if self.g is None:
             return None, c
@@ -454,7 +454,7 @@ class Agent(nn.Module):
         return pi.mean(s, omega)
 
     def update(self, batch, step):
-        """One gradient step; `step` counts from 1. Returns the losses and α, as 0-d tensors."""
+        """One gradient step; `step` counts from 1. Returns α and the losses computed, each 0-d."""
         optimizers, losses = self.optimizers, {}
 
         # 2  z ← g_φ(τ), ω ← h_η(z)
@@ -464,9 +464,9 @@ class Agent(nn.Module):
         if self.f is not None:
             loss = dynamics_loss(self.f, omega, batch)
             losses["dynamics_loss"] = loss.detach()
-            if self.method.kl:
+            if self.method.beta:
                 # DMA-Pearl alone. The published code multiplies, and detaches neither factor.
-                loss = loss * (1 + self.method.kl * self.g.kl)
+                loss = loss * (1 + self.method.beta * self.g.kl)
             optimizers["dynamics"].zero_grad()
             loss.backward()
             optimizers["dynamics"].step()
@@ -481,7 +481,7 @@ class Agent(nn.Module):
         loss.backward()
         optimizers["critic"].step()
 
-        # 6  every second step do twice (as CleanRL): ξ ← ξ − α₁ ∇L_ξ; then α, from the same actions
+        # 6  every second step do twice: ξ ← ξ − α₁ ∇L_ξ; then α by its loss, from the same actions
         if step % 2 == 0:
             self.Q.requires_grad_(False)  # ∂Q/∂a is needed, and ∂Q/∂ζ would only cost time
             for _ in range(2):
@@ -515,15 +515,15 @@ class Method(NamedTuple):
     context: str  # z: inferred by the encoder; c: the true one; none
     rl: str  # what π and Q do with it: adapter, concat, none
     f: str  # what f does with it: adapter, concat; none: there is no f
-    hypernetwork: str  # shared: one, trained by Eq. 1; own: one in each network, by its loss
+    hypernetwork: str  # shared: one, trained by Eq. 1; own: in each network, by its loss; none
     mask: float  # probability p of `mask_inputs`
     input_norm: bool  # AvgL1Norm in the encoder
     output_norm: bool  # SimNorm in the encoder
-    kl: float = 0.0  # β, weight of the KL factor; above 0 the code is Gaussian
+    beta: float = 0.0  # β, weight of the KL factor; above 0 the code is Gaussian
 
 
 METHODS = {
-    #                         paper   context  π and Q    f    hypernetwork mask   in     out  kl
+    #                         paper   context  π and Q    f    hypernetwork mask   in    out  beta
     "dma_star_sh":    Method("DMA*-SH",   "z", "adapter", "adapter", "shared", 0.4, True,  True),
     "dma_star_h":     Method("DMA*-H",    "z", "adapter", "adapter", "own",    0.4, True,  True),
     "dma_star":       Method("DMA*",      "z", "concat",  "concat",  "none",   0.2, True,  True),
@@ -586,7 +586,7 @@ class Replay:
         self.t += 1
 
     def windows(self, n, t, noisy):
-        """τ (B, L, 2 d_s + d_a), read before the transitions t (B,) of contexts n (B,)."""
+        """τ (B, L, 2 d_s + d_a) of the windows of transitions t (B,) in contexts n (B,)."""
         if self.L == 0:
             return None
         i = subsample(len(t), self.K, self.L, noisy, self.rows.device)  # (B, L)
@@ -599,7 +599,7 @@ class Replay:
         return self.windows(n, torch.full_like(n, self.t), noisy)
 
     def sample(self, size):
-        """A Batch of `size // N` transitions of each context, among those with a whole window."""
+        """A Batch: of each context, `size // N` transitions that have a whole window."""
         n = torch.arange(self.N, device=self.rows.device).repeat_interleave(size // self.N)
         oldest = max(0, self.t - self.capacity) + self.K  # the first with a whole window
         t = torch.randint(oldest, self.t, n.shape, device=self.rows.device)
@@ -615,7 +615,7 @@ class Rollout:
     """Acts in all contexts at once. The last K transitions of its replay are the window.
 
     If `noisy`, it collects for training, and a number that is not finite raises FloatingPointError.
-    Else it evaluates: zeros replace such rows, and `diverged` (N,) tells where that happened.
+    Else it evaluates: zeros replace the row of a context with one, and `diverged` (N,) marks it.
     """
 
     def __init__(self, agent, envs, noisy, capacity=None):
@@ -641,7 +641,8 @@ class Rollout:
         self.reset()
 
     def reset(self):
-        self.done, self.diverged[:] = False, False
+        self.done = False
+        self.diverged[:] = False
         self.s = self.tensor(self.finite("observation", self.envs.reset()))
 
     @torch.no_grad()
@@ -665,7 +666,7 @@ class Rollout:
         return s, a, r, omega
 
     def finite(self, name, values):
-        """`values` (N, ...), changed in place: zeros for the rows that are not finite."""
+        """`values` (N, ...), with zeros in the rows that are not finite. In training it raises."""
         broken = ~np.isfinite(values.reshape(self.envs.N, -1)).all(-1)  # (N,)
         if self.noisy and broken.any():
             raise FloatingPointError(f"{name} is not finite")
@@ -682,8 +683,8 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
-    Returns two arrays (contexts, rollouts): the returns, and whether the episode diverged. Rewards
-    from then on do not count. Only env and seed of `cfg` matter. `seed` (cfg's if None) decides the
+    Returns two arrays (contexts, rollouts): the returns, which count no reward after a divergence,
+    and whether there was one. Of `cfg` only env and seed matter. `seed` (cfg's if None) decides the
     initial states; those of the first rollout do not depend on `rollouts`.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
@@ -760,7 +761,7 @@ def usable(device):
     return device != "meta"
 
 
-def quick(**settings):
+def quick_config(**settings):
     """The Config of --quick. `settings` come first."""
     return Config(quick=True, **(QUICK | settings))
 
@@ -1429,7 +1430,7 @@ def run_command(given):
         raise BadInput("--per-context: allowed only with --eval RUN")
     else:
         go_on = given.pop("go_on", False)
-        cfg = quick(**given) if given.pop("quick", False) else Config(**given)
+        cfg = quick_config(**given) if given.pop("quick", False) else Config(**given)
         if go_on and (run_folder(cfg) / "checkpoint.pt").is_file():
             Run.resume(run_folder(cfg), cfg.steps, expected=cfg)
         else:

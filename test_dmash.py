@@ -114,7 +114,7 @@ class Row(NamedTuple):
     mask: float
     input_norm: bool
     output_norm: bool
-    kl: float
+    beta: float
 
 
 # The methods once more, as the paper has them. Both norms in one column: input, output.
@@ -136,9 +136,9 @@ TABLE = """
 
 
 def parse(line):
-    name, context, rl, f, hypernetwork, mask, norms, kl = line.split()
+    name, context, rl, f, hypernetwork, mask, norms, beta = line.split()
     input_norm, output_norm = [word == "yes" for word in norms.split(",")]
-    row = Row(context, rl, f, hypernetwork, float(mask), input_norm, output_norm, float(kl))
+    row = Row(context, rl, f, hypernetwork, float(mask), input_norm, output_norm, float(beta))
     return name, row
 
 
@@ -246,7 +246,7 @@ def test_encoder_equals_a_step_by_step_lstm(method):
             x = x / x.abs().mean(-1, keepdim=True)
         h, c = cell(x, (h, c))
     z = h @ g.project.weight.T
-    if row.kl:
+    if row.beta:
         z = standardised(z)  # LayerNorm as it starts
     if row.output_norm:
         z = z.reshape(B, 2, 4).softmax(-1).reshape(B, 8)
@@ -545,7 +545,7 @@ def sizes_by_hand(row):
     if row.context == "z":
         lstm = 4 * 32 * (32 + 32 + 2)
         sizes["g"] = 32 * (2 * D_S + D_A) + lstm + 8 * 32
-        if row.kl:  # the variance's layer, and two layer norms
+        if row.beta:  # the variance's layer, and two layer norms
             sizes["g"] += 8 * 32 + 32
     if row.f != "none":
         sizes["f"] = network_size(D_S + D_A, D_S, row.f, row, d_z)
@@ -650,7 +650,7 @@ def gradient_norms(agent):
 def outputs(agent, batch):
     """All that the reference holds of a method."""
     z, omega = agent.infer(batch.tau, noisy=False, c=batch.c)
-    if agent.method.kl:
+    if agent.method.beta:
         return {"z_mean": z, "kl": agent.g.kl}
     result = {"Q": agent.Q(batch.s, batch.a, omega)}
     result["mean"], result["log_std"] = agent.pi(batch.s, omega)
@@ -751,7 +751,7 @@ def test_infer_is_random_only_if_noisy(method):
     if row.context == "z":
         noisy, _ = agent.infer(batch.tau, noisy=True, c=batch.c)
         other, _ = agent.infer(batch.tau, noisy=True, c=batch.c)
-        random = row.mask > 0 or row.kl > 0
+        random = row.mask > 0 or row.beta > 0
         assert torch.equal(clean, again)
         assert torch.equal(noisy, other) != random
         assert torch.equal(noisy, clean) != random

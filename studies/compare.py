@@ -613,7 +613,7 @@ def measure_no_action(envs):
     """Ten episodes in each context, from where the evaluations of a run with seed 11 start."""
     rows = []
     for env in envs:
-        cfg = dmash.quick(env=env, method="dr", seed=11)
+        cfg = dmash.quick_config(env=env, method="dr", seed=11)
         agent = dmash.new_agent(cfg)
         for weights in agent.parameters():
             torch.nn.init.zeros_(weights)  # so the mean action is 0

@@ -240,7 +240,7 @@ class Agent(dmash.Agent):
         return omega.detach()
 
     def dynamics_loss(self, f, omega, batch):
-        if "fresh" in self.names and self.method.kl:
+        if "fresh" in self.names and self.method.beta:
             self.infer(batch.windows(), noisy=True)  # leaves another KL term
         return plain.dynamics_loss(f, omega, batch)
 

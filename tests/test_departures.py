@@ -115,7 +115,7 @@ def test_fresh_draws_give_each_loss_a_code_of_its_own(departing, noted):
     temperature = noted(departures.plain, "temperature_loss")
     agent.update(batch, 2)
     windows = [tau for (tau, *_), _ in inferred]
-    assert len(windows) == (5 if agent.method.kl else 4)  # one more for the KL term
+    assert len(windows) == (5 if agent.method.beta else 4)  # one more for the KL term
     for one, other in itertools.combinations(windows, 2):
         assert not torch.equal(one, other)
         assert torch.equal(one.sort(1).values, other.sort(1).values)  # of the same windows

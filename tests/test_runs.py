@@ -561,7 +561,7 @@ def test_help_names_every_setting(capsys):
 
 def test_quick(tmp_path):
     """What is given beside it comes first. A number may be text with an exponent."""
-    assert dmash.quick(env="reacher_easy_inv").steps == 20_000
+    assert dmash.quick_config(env="reacher_easy_inv").steps == 20_000
     assert dmash.main(arguments(tmp_path, "--quick", polyak=0.5, eval_every="1e1")) == 0
     folder = tmp_path / "ode__dma_star_sh__quick__s1"
     config = config_of(folder)
