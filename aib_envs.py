@@ -303,7 +303,7 @@ class Task(ABC):
 
     def picture(self, i):
         """What `draw` draws of instance i: a View and a list of Shapes. Only `render` needs it."""
-        raise ValueError(f"{type(self).__name__} has no picture")
+        raise BadEnvironment(f"{type(self).__name__} has no picture")
 
     def set_state(self, state):
         """Sets the physical state of all instances, (N, state_size)."""

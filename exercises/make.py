@@ -68,8 +68,6 @@ def read(folder):
 
 def hand_out(folder, source, *tests):
     """A new folder with the source as dmash.py, and what it needs."""
-    if folder.exists():
-        raise SystemExit(f"{folder} is there already")
     folder.mkdir(parents=True)
     (folder / "dmash.py").write_text(source, encoding="utf8")
     for name in ("aib_envs.py", "exercises/point.py", *tests):
@@ -252,14 +250,17 @@ def main(argv=None):
     command.set_defaults(run=make_bugs)
     usage = "%(prog)s FOLDER [FOLDER ...] --tasks TASK [TASK ...] [--timeout SECONDS] [--csv]"
     command = commands.add_parser("mark", help="run this repository's tests", usage=usage)
-    command.add_argument("folders", nargs="+", type=Path)
-    command.add_argument("--tasks", nargs="+", choices=TASKS, required=True)
+    command.add_argument("folders", nargs="+", type=Path, help="each with a student's dmash.py")
+    command.add_argument("--tasks", nargs="+", choices=TASKS, required=True, help="to be marked")
     command.add_argument("--timeout", type=float, default=60, help="seconds for a task (60)")
     command.add_argument("--csv", action="store_true", dest="as_csv", help="print a CSV table")
     command.set_defaults(run=print_marks)
     given = vars(parser.parse_args(argv))
     run = given.pop("run")
-    return run(**given)
+    try:
+        return run(**given)
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
 
 
 if __name__ == "__main__":

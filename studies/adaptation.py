@@ -107,7 +107,7 @@ def smooth(x):
 
 def steps_to(curve, reference):
     """Steps until the moving mean of `curve` (T,) stays at SHARE of the reference's; inf: never."""
-    below = smooth(curve) < SHARE * smooth(reference) - 1e-9
+    below = smooth(reference - curve) > (1 - SHARE) * abs(smooth(reference)) + 1e-9
     steps = max(np.flatnonzero(below) + 1, default=0)
     return math.inf if steps == len(curve) else int(steps)
 

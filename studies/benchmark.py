@@ -163,13 +163,9 @@ def print_methods(settings):
     print(f"{cfg.env}, {cfg.threads} threads on {cfg.device}: {median}")
     print("--method         paper     steps/s  parameters")
     for run, rate in zip(runs, STEPS / np.median(turns, 0)):
-        name, paper = run.cfg.method, run.agent.method.paper
-        print(f"{name:<16} {paper:<9} {rate:7.1f} {size_of(run.agent):11,}")
-
-
-def size_of(agent):
-    """The number of trained parameters, without α."""
-    return sum(p.numel() for p in agent.parameters() if p.requires_grad) - 1
+        trained = [p.numel() for p in run.agent.parameters() if p.requires_grad]
+        name = f"{run.cfg.method:<16} {run.agent.method.paper:<9}"
+        print(f"{name} {rate:7.1f} {sum(trained) - 1:11,}")  # without α
 
 
 def print_environments():
@@ -187,8 +183,9 @@ def print_environments():
 
 def print_against(folder, settings):
     """Milliseconds per gradient step of this checkout and of the one in `folder`, and the ratio."""
-    if not (folder / "dmash.py").is_file():
-        raise dmash.BadInput(f"--against {folder}: no dmash.py there")
+    for name in ("dmash.py", "aib_envs.py"):
+        if not (folder / name).is_file():
+            raise dmash.BadInput(f"--against {folder}: no {name} there")
     cfg, here = dmash.Config(**settings), Path(dmash.__file__).parent
     folders = {"this checkout": here, "the other": folder.resolve()}
     ms = np.zeros((TURNS, len(folders)))

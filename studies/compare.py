@@ -19,7 +19,8 @@ xargs takes quotes away. Where a value needs them: tr '\\n' '\\0' | xargs -0 -P 
 these tables, run folders, or both, and writes report.md with figures. With --into, it writes each
 table of a document anew, between a line such as <!-- table 1 of quick, masks --> and the next
 <!-- end -->. With --check, it changes nothing and fails if one of them would change. `no-action`
-writes results/no_action.csv: what an agent earns that never acts. The report takes seconds.
+measures what an agent earns that never acts, and puts it into results/no_action.csv. The report of
+all runs takes half a minute.
 """
 
 import itertools
@@ -36,11 +37,10 @@ import numpy as np
 import runs as reader
 import torch
 from command_line import parser_of
-from runs import BadInput, aib_envs, dmash, group, joined
+from runs import OURS, BadInput, aib_envs, dmash, group, joined
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 NO_ACTION = RESULTS / "no_action.csv"
-OURS = "DMA*-SH"
 FEWEST = 5  # seeds a side, for a verdict
 LEVEL = 0.05  # of Holm's p, for a verdict
 FEWEST_OF_INTERVAL = 3
@@ -136,7 +136,7 @@ def blocks_of(runs):
     firsts = [block[0] for block in blocks]
     titled = {}
     for block in blocks:
-        if len({tuple(run.contexts[0]) for run in block}) > 1:
+        if len({frozenset(run.contexts[0]) for run in block}) > 1:
             env = block[0].env
             raise BadInput(f"{env}: its runs have different contexts, and cannot be compared")
         titled[title_of(block[0], firsts)] = group(block, lambda run: run.arm)
@@ -152,7 +152,7 @@ def title_of(run, others):
     alike = [dict(other.compared) for other in others if (other.env, setting_of(other)) == kind]
     for name in sorted(set().union(*alike) - {"steps"}):
         if len({settings.get(name) for settings in alike}) > 1:
-            words.append(f"{name} {dict(run.compared).get(name, 'off')}")
+            words.append(f"{name} {run.settings.get(name, 'off')}")
     return ", ".join(words)
 
 
@@ -179,11 +179,15 @@ def departed(runs):
                 yield title, arms, changed, plain
 
 
+def no_action_rows():
+    key = ("env", "set", "index")
+    return reader.read_table(NO_ACTION, ("index", "return"), texts=("env", "set"), key=key)
+
+
 @cache
 def returns_without_action(env):
     """By set and index of the context; empty where they were not measured."""
-    key = ("env", "set", "index")
-    rows = reader.read_table(NO_ACTION, ("index", "return"), texts=("env", "set"), key=key)
+    rows = no_action_rows()
     return {(row["set"], row["index"]): row["return"] for row in rows if row["env"] == env}
 
 
@@ -210,7 +214,7 @@ def table(head, rows):
         head = head.split(" | ")
     lines = []
     for row in [head, ["---"] * len(head), *rows]:
-        row = [*row, *"–" * (len(head) - len(row))]
+        row = [*row] + ["–"] * (len(head) - len(row))
         cells = [printable(cell).replace("|", "\\|") for cell in row]
         lines.append(f"| {' | '.join(cells)} |\n")
     return "".join(lines)
@@ -237,10 +241,10 @@ def cell(estimate, digits, sign=""):
 
 
 def digits_of(env):
-    """Returns of a thousand are written without decimals, others with one."""
-    if largest(env) <= 200:
-        return 1
-    return 0
+    """Returns up to a thousand are written without decimals, others with one."""
+    if largest(env) > 200:
+        return 0
+    return 1
 
 
 def p_text(p):
@@ -274,11 +278,6 @@ def difference(ours, others, score):
     return contrast([1, -1], [x, y]), permutation_p(x, y)
 
 
-def difference_cells(ours, others, score):
-    estimate, p = difference(ours, others, score)
-    return [cell(estimate, digits_of(ours[0].env), "+"), p_text(p)]
-
-
 def sizes(*sides):
     """The number of seeds of each side."""
     return ", ".join(str(len(side)) for side in sides)
@@ -290,7 +289,8 @@ DIFFERENCES = "seeds | mean of the sets | p | extrapolation | p"
 def difference_row(title, arm, ours, others):
     row = [title, arm, sizes(ours, others)]
     for score in ("mean", "eval_out"):
-        row += difference_cells(ours, others, score)
+        estimate, p = difference(ours, others, score)
+        row += [cell(estimate, digits_of(ours[0].env), "+"), p_text(p)]
     return row
 
 
@@ -464,10 +464,11 @@ def aggregates_table(runs):
         if has_scale and sum(map(len, pair)) > sum(map(len, pairs.get(first.env, []))):
             pairs[first.env] = pair
     rows = []
-    for (_, arm), pairs in found.items():
+    several = len({setting for setting, _ in found}) > 1
+    for (setting, arm), pairs in found.items():
         if len(pairs) < 2:
             continue
-        row = [arm, len(pairs)]
+        row = [f"{arm}, {setting}" if several else arm, len(pairs)]
         for score in ("mean", "eval_out"):
             of = {env: [scaled(side, score) for side in pair] for env, pair in pairs.items()}
             row.append(cell(mean_difference(of), 3, "+"))
@@ -557,6 +558,8 @@ def report(places, experiments, out, into, check):
     if into:
         fill(places, into, check)
         return
+    if check:
+        raise BadInput("--check: only with --into")
     import compare_figures
 
     runs = reader.read_runs(places)
@@ -581,9 +584,13 @@ def fill(places, document, check):
         made = MAKERS[name](reader.of_experiments(runs, experiments.split(", ")))
         return f"{begin}{made}{end}"
 
-    pattern = r"(<!-- ([^>]+?) of ([^>]+) -->\n).*?(<!-- end -->)"
+    mark = r"(<!-- ([^>]+?) of ([^>]+) -->\n)"
     text = document.read_text(encoding="utf-8")
-    filled, count = re.subn(pattern, new, text, flags=re.DOTALL)
+    filled, count = re.subn(rf"{mark}(?:(?!<!--).)*(<!-- end -->)", new, text, flags=re.DOTALL)
+    if count < max(1, len(re.findall(mark, text))):
+        raise BadInput(
+            f"{document}: needs a line like <!-- table 1 of quick -->, then <!-- end -->"
+        )
     if check and filled != text:
         raise BadInput(f"{document}: its tables are not those of the runs; write them with --into")
     if not check:
@@ -604,6 +611,8 @@ def add(places, experiment, to):
             runs.append(run)
         else:
             print(f"{run.place}: not finished, left out")
+    if len(runs) == before:
+        raise BadInput("no finished run there")
     reader.refuse_doubles(runs)
     reader.write_tables(to, runs)
     print(f"{to}: {len(runs) - before} runs more, {len(runs)} in all")
@@ -611,7 +620,7 @@ def add(places, experiment, to):
 
 def measure_no_action(envs):
     """Ten episodes in each context, from where the evaluations of a run with seed 11 start."""
-    rows = []
+    rows = [row for row in no_action_rows() if row["env"] not in envs]
     for env in envs:
         cfg = dmash.quick_config(env=env, method="dr", seed=11)
         agent = dmash.new_agent(cfg)
@@ -620,6 +629,7 @@ def measure_no_action(envs):
         for row in dmash.evaluate_sets(agent, cfg, cfg.rollouts):
             rows.append({"env": env} | {name: row[name] for name in ("set", "index", "return")})
     reader.write_table(NO_ACTION, rows)
+    print(f"{NO_ACTION}: {len(envs)} environments measured")
 
 
 def seeds(word):
@@ -662,7 +672,7 @@ def build_parser():
         part.add_argument("--envs", **several, help="environments")
     for_plan.add_argument("--methods", **several, help="methods of the comparison")
     for_plan.add_argument("--seeds", type=seeds, **several, help="such as 1 2 or 11-15")
-    about = "run folders, folders of these, or with runs.csv"
+    about = "run folders, folders of these, or with runs.csv, which then counts alone"
     for part in (for_add, for_report):
         part.add_argument("places", nargs="+", metavar="RUNS", help=about)
     for_add.add_argument("--experiment", required=True, help="its name in the tables")

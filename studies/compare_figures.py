@@ -12,9 +12,8 @@ import operator
 
 import numpy as np
 from figures import Figure
-from runs import group
+from runs import OURS, file_name, group, joined
 
-OURS = "DMA*-SH"
 LOOKS = {  # colours that the colour-blind can tell apart; marker and line tell them apart in grey
     OURS: ("#D55E00", "o", "solid"),
     "DMA*": ("#0072B2", "s", (0, (6, 2))),
@@ -30,6 +29,11 @@ WORDS = {
     ("swap", 0): "not swapped",
     ("swap", 1): "swapped",
 }
+
+
+def words_for(context):
+    """A context, or a part of it, in words."""
+    return joined(*(WORDS.get(pair, f"{pair[0]} {pair[1]:g}") for pair in context.items()))
 
 
 def learning_curve(run):
@@ -50,7 +54,7 @@ def all_of(blocks, nothing):
     names = []
     for arms in blocks.values():
         first = next(iter(arms.values()))[0]
-        name = first.env.replace(":", ".")
+        name = file_name(first.env)
         names.append(name)
         if names.count(name) > 1:
             name += f"_{names.count(name)}"
@@ -90,7 +94,9 @@ def contexts(run):
             ends[name] = min(trained), max(trained)
 
     def distance(row):
-        return max(abs(2 * row[x] - low - high) / (high - low) for x, (low, high) in ends.items())
+        return max(
+            abs(2 * row[x] - low - high) / (high - low or 1) for x, (low, high) in ends.items()
+        )
 
     places = [(name, operator.itemgetter(name), trained) for name, trained in ends.items()]
     if len(ends) > 2 or run.env.startswith("ode"):
@@ -101,11 +107,9 @@ def contexts(run):
     columns = []
     for kind in kinds:
         chosen = dict(zip(signs, kind))
-        words = [WORDS.get(pair, f"{pair[0]} {pair[1]:g}") for pair in chosen.items()]
-        title = ", ".join(words)
-        for label, place, trained in places:
+        for name, place, trained in places:
             points = functools.partial(places_and_returns, chosen, place)
-            columns.append((title, label, points, trained, 20))
+            columns.append((words_for(chosen), name, points, trained, 20))
     return columns
 
 
@@ -138,7 +142,8 @@ def drawn(arms, idle, columns):
             if trained:
                 ax.axvspan(*trained, color="0.93", zorder=0)
                 ax.text(sum(trained) / 2, 0, "trained", color="0.35", ha="center", va="bottom")
-    axes[0][0].set_ylim(bottom=0)
+    lowest, _ = axes[0][0].get_ylim()
+    axes[0][0].set_ylim(bottom=min(0, lowest))
     for ax, (_, label, *_) in zip(axes[-1], columns):
         ax.set_xlabel(label)
     handles = axes[0][0].get_legend_handles_labels()

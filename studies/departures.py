@@ -71,7 +71,7 @@ def replacing(mine):
 
 @dataclass
 class Config(dmash.Config):
-    departures: str = dmash.option("", "published, or names joined by +")
+    departures: str = dmash.option("", "names joined by +")
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,7 +119,7 @@ class Replay(dmash.Replay):
     def times(self):
         """When the transitions happened that a batch may hold."""
         oldest = max(0, self.t - self.capacity) + self.K
-        times = torch.arange(oldest, self.t, device=self.rows.device)
+        times = torch.arange(self.t, device=self.rows.device)[oldest:]
         if "finished" in self.names:
             ends = times[self.ends[times % self.capacity]]
             times = times[times <= max(ends.tolist(), default=-1)]
@@ -251,7 +251,7 @@ class Agent(dmash.Agent):
 
     def actor_loss(self, pi, Q, alpha, omega, batch):
         omega = self.omega_for("actor", omega, batch)
-        self.told = batch.s, omega.detach()
+        self.actor_inputs = batch.s, omega.detach()
         if "through_pi" in self.names:
             Q = self.Q_of_constant
         return plain.actor_loss(pi, Q, alpha, omega, batch)
@@ -262,7 +262,7 @@ class Agent(dmash.Agent):
     def temperature_loss(self, log_alpha, log_prob, target_entropy):
         if "fresh" in self.names:
             with torch.no_grad():
-                _, log_prob = self.pi.sample(*self.told)
+                _, log_prob = self.pi.sample(*self.actor_inputs)
         return plain.temperature_loss(log_alpha, log_prob, target_entropy)
 
 
@@ -290,8 +290,7 @@ def main(argv=None):
     """The command line. Returns the exit status."""
     parser = dmash.build_parser()
     parser.prog, parser.description = "departures.py", __doc__
-    help = "published, or names joined by +"
-    parser.add_argument("--as", dest="departures", metavar="NAMES", help=help)
+    parser.add_argument("--as", dest="departures", metavar="NAMES", help="such as terminal+fresh")
 
     def command():
         given = vars(parser.parse_args(argv))

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from adaptation import mirrored, mirrored_dim, switch
 from command_line import parser_of
+from compare_figures import words_for
 from figures import Figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
@@ -41,12 +42,6 @@ COLOURS = ["#0072B2", "#D55E00"]  # of the two modes
 START = np.array([0.0, 0.2, 0.0, 0.0])
 PUSH = np.array([0.0, 0.0, 0.0, 1.0])
 EVERY = 100  # steps between pushes
-WORDS = {  # for the values of a context
-    ("action_factor", 1): "normal",
-    ("action_factor", -1): "inverted",
-    ("swap", 0): "normal",
-    ("swap", 1): "swapped",
-}
 
 
 class Film(NamedTuple):
@@ -151,17 +146,6 @@ def boxes(film, ratio):
     return np.stack([centres - size / 2, centres + size / 2], -2)
 
 
-def label(context):
-    """The context in words, the mode first."""
-    modes, others = [], []
-    for name, value in context.items():
-        if (name, value) in WORDS:
-            modes.append(WORDS[name, value])
-        else:
-            others.append(f"{name} {value:.3g}")
-    return ", ".join(modes + others)
-
-
 class Screen:
     """The figure of a film, a column per context. `at` draws it as it stands after step t."""
 
@@ -226,7 +210,7 @@ class Screen:
         panel, colour = self.pictures[i], self.colour(t, i)
         (left, bottom), (right, top) = self.boxes[t, i]
         panel.set(xlim=(left, right), ylim=(bottom, top))
-        panel.title.set(text=label(self.film.contexts[t][i]) + self.notes[i], color=colour)
+        panel.title.set(text=words_for(self.film.contexts[t][i]) + self.notes[i], color=colour)
         for spine in panel.spines.values():
             spine.set(color=colour, linewidth=3)
         _, shapes = self.film.pictures[t][i]
@@ -309,7 +293,7 @@ def run_command(args):
     title += f" (speed × {stride * film.dt * FPS:.2g})"
     save(Screen(film, title, notes), stride, path)
     for i, note in enumerate(notes):
-        before, after = label(film.contexts[0][i]), label(film.contexts[-1][i]) + note
+        before, after = words_for(film.contexts[0][i]), words_for(film.contexts[-1][i]) + note
         a, b = film.r[:half, i].sum(), film.r[half:, i].sum()
         print(f"{before}: return {a:.1f} in {half} steps; then {after}: {b:.1f} in {steps - half}")
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

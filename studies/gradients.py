@@ -189,7 +189,7 @@ def figure(runs):
 def draw(folders, out):
     runs = [read(folder) for folder in reader.distinct(folders)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure(runs).savefig(out, dpi=110)
+    figure(runs).savefig(out, dpi=110, format="png")
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -200,8 +200,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["draw"]:
         parser = dmash.Parser("gradients.py draw", allow_abbrev=False)
-        parser.add_argument("folders", nargs="+", type=Path, metavar="RUN")
-        parser.add_argument("--out", required=True, type=Path, metavar="FILE.png")
+        parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="run folders")
+        parser.add_argument("--out", required=True, type=Path, help="a PNG file")
         return dmash.exit_status("gradients.py", lambda: draw(**vars(parser.parse_args(argv[1:]))))
     parser = dmash.build_parser()
     parser.prog, parser.description = "gradients.py", __doc__

@@ -43,7 +43,7 @@ import mutual_information
 import numpy as np
 import torch
 from command_line import parser_of
-from runs import aib_envs, dmash
+from runs import aib_envs, dmash, in_words
 
 EPISODES = 4  # in each context, for mean codes and Variability
 CROSS_EPISODES = 8  # in each cell of the cross-table
@@ -241,9 +241,7 @@ def rows_of(step, which, numbers):
 
 def matrix_rows(step, quantity, matrix, space):
     """A row for each pair of the few contexts, and means over pairs of different ones."""
-    names = []
-    for context in space.few:
-        names.append(", ".join(f"{name} {value:g}" for name, value in context.items()))
+    names = [in_words(context) for context in space.few]
     rows = []
     for (i, j), value in np.ndenumerate(matrix):
         rows.append((step, "", quantity, names[i], names[j], value))

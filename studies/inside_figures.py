@@ -2,6 +2,7 @@
 
 import numpy as np
 from figures import Figure
+from runs import in_words
 
 MARKERS = "ovsD"
 
@@ -38,10 +39,9 @@ def codes(space, cosines, samples):
         colours = {"cmap": "viridis", "vmin": u.min(), "vmax": u.max()}
         for i, mode in enumerate(space.modes):
             own = s == i
-            points = ax.scatter(x[own], y[own], c=u[own], marker=MARKERS[i % 4], **colours)
-            label = ", ".join(f"{name} {value:g}" for name, value in mode.items())
-            points.set_label(label or "all contexts")
-        figure.colorbar(points, ax=ax, label=space.first.name)
+            look = colours | {"label": in_words(mode) or "all contexts"}
+            ax.scatter(x[own], y[own], c=u[own], marker=MARKERS[i % 4], **look)
+        figure.colorbar(ax.collections[0], ax=ax, label=space.first.name)
         ax.set(title=f"z, {which}", ylabel=f"second component ({share[1]:.0%})")
         ax.set_xlabel(f"first component ({share[0]:.0%} of variance, train)")
         ax.legend()

@@ -116,14 +116,10 @@ def page(agent, other=None):
 def load(run, environments, methods):
     """The agent of a run. BadInput says why the page cannot show it there."""
     cfg, agent = dmash.load_policy(run)
-
-    def require(found, allowed):
+    for found, allowed in ((cfg.env, environments), (cfg.method, methods)):
         if found not in allowed:
             what = ", ".join(allowed)
             raise dmash.BadInput(f"{run} is of {found}; the page can show {what} here")
-
-    require(cfg.env, environments)
-    require(cfg.method, methods)
     return agent
 
 

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import dmash  # noqa: E402
 from dmash import SETS, BadInput  # noqa: E402
 
 VERSIONS = ("version", "torch", "numpy", "mujoco", "gymnasium")
+OURS = "DMA*-SH"
 UNTOLD = ("env", "method", "seed", "out")  # of config.json, these are no settings of a run
 TECHNICAL = ("threads", "device", "snapshots")  # runs that differ in these alone are compared
 OF_METRICS = ("step", "seconds", *SETS)  # columns of numbers that must be there
@@ -99,6 +99,11 @@ def joined(*texts):
     return ", ".join(filter(None, texts))
 
 
+def in_words(values):
+    """Names and numbers, such as those of a context."""
+    return joined(*(f"{name} {value:g}" for name, value in values.items()))
+
+
 def paper_name(method):
     known = dmash.METHODS.get(method)
     if known is None or known.paper == "ablation":
@@ -119,6 +124,11 @@ def arm_rank(run):
 def place(name, table):
     """To sort by: the place of a name in a table, or after all of these."""
     return [*table, name].index(name), name
+
+
+def file_name(env):
+    """An environment's name as part of a file's."""
+    return env.replace(":", ".").replace("/", ".")
 
 
 def group(items, key):
@@ -152,8 +162,8 @@ def read_table(path, numbers, texts=("run", "set"), key=("step",)):
     others in common.
     """
     line, rows, last = 1, [], {}
+    data = path.read_bytes()
     try:
-        data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
         text = data.decode()
@@ -173,7 +183,7 @@ def read_table(path, numbers, texts=("run", "set"), key=("step",)):
                 raise ValueError(f"{key[-1]} {number} stands after {last[others]}")
             last[others] = number
             rows.append(row)
-    except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except Exception as error:  # of a torn or foreign file
         raise BadInput(f"{path}, line {line}: {dmash.one_line(error)}") from None
     return rows
 
@@ -299,7 +309,8 @@ def read_tables(folder):
     for row in read_table(of_runs, (), texts=None, key=("run",)):
         name = row["run"]
         of_run = metrics.get(name, []), contexts.get(name, [])
-        run = new_run(name, row["experiment"], row, *of_run, folder)
+        with dmash.reading(of_runs):
+            run = new_run(name, row["experiment"], row, *of_run, folder)
         if run.finished:
             check_contexts(run, of_contexts)
         runs.append(run)

@@ -511,7 +511,10 @@ def run_command(args):
     seed = dmash.number("--seed", args.seed, int, 0, 4294967295)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # these tensors are small
-    for name in THEOREMS if "all" in args.names else args.names:
+    names = args.names
+    if "all" in names:
+        names = THEOREMS
+    for name in names:
         torch.manual_seed(seed)
         numbers, figure = THEOREMS[name](seed)
         print(name)

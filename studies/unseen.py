@@ -32,7 +32,7 @@ import compare
 import numpy as np
 import runs as reader
 from command_line import parser_of
-from runs import aib_envs, dmash, group
+from runs import aib_envs, dmash, group, in_words, joined
 
 LEFT_OUT = {
     "di_signs_without_pp": {"sign_x": 1.0, "sign_y": 1.0},
@@ -120,8 +120,7 @@ def sweeps(dims):
         others = [other for other in dims if other.binary and other is not dim]
         for signs in product(*(other.train[::-1] for other in others)):
             fixed = {other.name: sign for other, sign in zip(others, signs)}
-            words = [f"{name} {sign:g}" for name, sign in fixed.items()]
-            title = ", ".join([dim.name, *words])
+            title = joined(dim.name, in_words(fixed))
             for value in swept(dim):
                 context = {other.name: other.default for other in dims}
                 context |= fixed | {dim.name: float(value)}
@@ -189,8 +188,7 @@ def beyond(paths, out):
         for title, panel in group(rows, lambda row: row["panel"]).items():
             table = panel_table(dims[panel[0]["varied"]], panel)
             print(f"\n{env}: {title}\n\n{table}", end="")
-        name = env.replace(":", ".").replace("/", ".")
-        reader.write_table(out / f"beyond_{name}.csv", rows)
+        reader.write_table(out / f"beyond_{reader.file_name(env)}.csv", rows)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -199,9 +197,9 @@ def beyond(paths, out):
 def run_command(argv):
     parser = parser_of("unseen.py", __doc__)
     modes = {"report": report, "beyond": beyond}
-    parser.add_argument("mode", choices=modes)
-    parser.add_argument("places", nargs="+", metavar="RUN")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("mode", choices=modes, help="which of the two")
+    parser.add_argument("places", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
     args = parser.parse_args(argv)
     modes[args.mode](args.places, args.out)
 

@@ -515,13 +515,6 @@ def test_a_picture_shows_lines_and_discs_where_they_are():
         assert (tuple(picture[row, column]) == aib_envs.RED) == inside
 
 
-def test_the_picture_of_the_ode_shows_x_up_to_its_bounds():
-    env = make("ode", render_mode="rgb_array")
-    for x in (-20.0, 0.0, 20.0):
-        env.reset(options={"state": [x]})
-        assert (env.render() == aib_envs.BLUE).all(-1).any()
-
-
 def unpickled(env):
     return pickle.loads(pickle.dumps(env))
 
@@ -775,14 +768,6 @@ def test_contexts_of_make_vec_by_the_name_of_a_set_by_values_or_at_reset():
     assert envs.get_attr("context") == ({"mass": 0.7, "action_factor": 1}, second)
     single, actions = started("di_inv", 5, **second), np.full((2, 2), 0.3)
     assert_same(envs.step(actions)[0][1], single.step(actions[1])[0])
-
-
-def test_a_vector_wrapper_of_gymnasium_works():
-    envs = make_vec("cartpole_inv", 3, contexts="train", max_episode_steps=5)
-    envs = gymnasium.wrappers.vector.RecordEpisodeStatistics(envs)
-    envs.reset(seed=0)
-    steps = [envs.step(np.full((3, 1), 0.5)) for _ in range(5)]
-    assert_allclose(steps[-1][4]["episode"]["r"], sum(r for _, r, *_ in steps))
 
 
 # --------------------------------------------------------------------------------------------------

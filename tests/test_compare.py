@@ -6,8 +6,8 @@ import os
 import re
 import shlex
 import shutil
-import tracemalloc
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import compare
 import compare_figures
@@ -67,16 +67,6 @@ def test_holm_by_hand():
     assert corrected == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert compare.holm([0.5, 0.9]) == [1, 1]
     assert compare.holm([]) == []
-
-
-def test_memory_does_not_grow_with_the_square_of_the_seeds():
-    x, y = RNG.normal(size=(2, 4000))
-    tracemalloc.start()
-    compare.probability_of_improvement(x, y)
-    assert np.isnan(compare.permutation_p(x, y))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2e6  # 4,000² numbers are 128 MB
 
 
 # ---- plan --------------------------------------------------------------------------------------
@@ -195,6 +185,12 @@ def test_aggregates_weigh_environments_alike(five_seeds):
         assert cells[1] == "0.98"  # of 25 pairs 24 are above, 1 is equal
         assert cells[2] == f"+{(0.4 + ode) / 2:.3f} without di_inv"
         assert cells[3].startswith("+0.400 without ode")
+    runs, others = reader.read_runs([five_seeds]), reader.read_runs([five_seeds])
+    for run in others:
+        del run.settings["quick"]
+    both = compare.aggregates_table(runs + others)
+    assert "\n| Concat, `--quick` | 3 |" in both
+    assert "\n| Concat, paper's settings | 3 |" in both
 
 
 def test_published_score_is_the_larger_of_the_last_two_in_each_set(tmp_path):
@@ -288,6 +284,8 @@ def test_tables_and_folders_give_the_same_report_byte_for_byte(five_seeds, tmp_p
     for name in reader.TABLES:
         assert (first / name).read_bytes() == (tables / name).read_bytes()
     assert (tables / "contexts.csv.gz").read_bytes()[4:8] == bytes(4)  # gzip: no time of day
+    with pytest.raises(dmash.BadInput, match="no finished run"):
+        compare.add([five_seeds / "ode__dr__quick__s14"], "b", tables)
 
 
 def test_reports_go_between_marks_and_a_check_fails_when_they_drift(five_seeds, tmp_path, capsys):
@@ -304,9 +302,21 @@ def test_reports_go_between_marks_and_a_check_fails_when_they_drift(five_seeds, 
     new = text.replace("-->\n<", f"-->\n{first}<", 1).replace("old\n", second)
     assert document.read_text() == new
     said_by([*write, "--check"], capsys)
-    for right, wrong in (("claims", "claim"), ("of quick", "of slow")):
-        document.write_text(new.replace(right, wrong))
-        assert f"'{wrong.split()[-1]}'" in refusal(compare, write, capsys)
+    for right, wrong, message in (
+        ("claims", "claim", "no table 'claim'"),
+        ("of quick", "of slow", "no experiment 'slow'"),
+        ("<!-- end -->", "", "needs a line"),  # the next table must not be taken for its end
+    ):
+        document.write_text(new.replace(right, wrong, 1))
+        assert message in refusal(compare, write, capsys)
+
+
+def test_no_action_measures_the_named_environments_again(tmp_path, monkeypatch, capsys):
+    table = shutil.copy(compare.NO_ACTION, tmp_path)
+    before = Path(table).read_text()
+    monkeypatch.setattr(compare, "NO_ACTION", Path(table))
+    said_by(["no-action", "--envs", "di_inv"], capsys)
+    assert sorted(Path(table).read_text().split()) == sorted(before.split())
 
 
 def test_the_tables_of_results_are_those_of_their_documents(capsys):
@@ -328,6 +338,7 @@ def test_what_is_refused_in_one_line(five_seeds, tmp_path, capsys):
         (f"add {run} --experiment b --to {tmp_path}", "the same run as a/ode__dr"),
         (f"report {tmp_path} --experiments c", "no experiment 'c'; known: a"),
         (f"report {tmp_path}/nowhere", "nowhere: no run there; allowed:"),
+        (f"report {run} --check", "--check: only with --into"),
         (f"report {run} --outt x", "unrecognized arguments: --outt"),
         (f"report {run} --into {tmp_path}/no.md", "no.md: No such file"),
     ):
@@ -344,6 +355,7 @@ def test_names_that_would_break_a_table_or_are_no_text(tmp_path, capsys):
     folder.rename(folder.with_name(os.fsdecode(b"\xff|\n")))
     text = compare.report_text(reader.read_runs([tmp_path]))
     assert "\n| one\\|of mine | 49.0 (1) |\n" in text
+    assert compare.digits_of("my_module:my_env") == 1
     assert "\x1b" not in text
     said_by(["add", tmp_path / "runs", "--experiment", "odd", "--to", tmp_path], capsys)
     (run,) = reader.read_tables(tmp_path)
@@ -403,7 +415,9 @@ def test_earlier_evaluations_and_columns_of_ones_own_do_no_harm(tmp_path):
     assert len(whole.contexts) == 60
     assert "colour of the car" in whole.contexts[0]
     assert begun.metrics == begun.contexts == []
-    make_run(tmp_path, "di_inv", "dr", 3, 50)
+    third = reader.read_run(make_run(tmp_path, "di_inv", "dr", 3, 50))
+    other_order = [dict(reversed(row.items())) for row in third.contexts]  # as in the tables
+    assert len(compare.blocks_of([third, replace(third, contexts=other_order)])) == 1
     with pytest.raises(dmash.BadInput, match="di_inv: its runs have different contexts"):
         compare.blocks_of(reader.read_runs([tmp_path]))
 
@@ -452,12 +466,13 @@ def test_figures_show_every_seed_and_no_action(five_seeds, tmp_path, capsys):
 
 
 def test_points_are_the_returns_of_each_context_and_the_trained_range_is_grey(tmp_path):
-    make_run(tmp_path, "cartpole_inv", "dma_star_sh", 1, 2000)
+    make_run(tmp_path, "cartpole_inv", "dma_star_sh", 1, -2000)
     (run,) = reader.read_runs([tmp_path])
     length, _ = aib_envs.ENVS["cartpole_inv"].context
     found = set()
     for ax in drawn(tmp_path)["pole_length"].axes:
         found |= set(single_seeds(ax))
+        assert ax.get_ylim()[0] < -2000
         (shade,) = ax.patches
         ends = shade.get_x(), shade.get_x() + shade.get_width()
         assert ends == pytest.approx(length.train)

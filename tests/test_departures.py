@@ -310,6 +310,7 @@ def test_a_departure_trains_goes_on_and_leaves_dmash_as_it_was(words, run, tmp_p
         ("--as terminals --method dr", "unknown departure 'terminals' (did you mean terminal?)"),
         ("--as both_into_eta --method dma_star", "both_into_eta: dma_star has no shared hypern"),
         ("--as finished --random-steps=90", "--random-steps: must fill an episode"),
+        ("--as apart --random-steps=5", "--random-steps: must fill an episode"),
     ],
 )
 def test_bad_input_is_one_line(words, message, tmp_path, capsys):

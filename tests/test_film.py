@@ -26,8 +26,8 @@ def test_a_film_shows_the_switch_and_holds_still(tmp_path, monkeypatch, capsys):
     path = tmp_path / "new" / "film.gif"
     succeed(film, run, "--out", path)
     said = capsys.readouterr().out
-    assert "normal, mass 1: return" in said
-    assert "then inverted, mass 1, ω frozen: " in said
+    assert "mass 1, not inverted: return" in said
+    assert "then mass 1, inverted, ω frozen: " in said
     gif = Image.open(path)
     assert gif.n_frames == 6
     assert gif.info["loop"] == 0
@@ -125,3 +125,5 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
     di = save_untrained(tmp_path, "dr")
     assert "nowhere" in refusal(film, [tmp_path / "nowhere"], capsys)
     assert ".gif" in refusal(film, [di, "--out", "film.mp4"], capsys)
+    pendulum = save_untrained(tmp_path, "dr", "gymnasium:Pendulum-v1")
+    assert "has no picture" in refusal(film, [pendulum], capsys)

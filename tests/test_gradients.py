@@ -155,7 +155,7 @@ def test_a_row_per_evaluation_of_the_updates_before_it(method, tmp_path, monkeyp
     (curve,) = gradients.figure([gradients.read(run)]).axes[0].lines
     points = [[float(row["step"]), float(row["E_z_pi"])] for row in rows]
     assert curve.get_xydata().tolist() == points
-    picture = tmp_path / "new" / "a.png"
+    picture = tmp_path / "new" / "a.picture"
     succeed(gradients, "draw", run, "--out", picture)
     assert picture.exists()
 

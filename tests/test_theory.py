@@ -25,13 +25,6 @@ def test_a1_an_adapter_is_the_product_and_a_network_on_s_and_z_errs_by_its_piece
     assert ratio > 1 - 1e-9
 
 
-def test_no_affine_function_is_nearer_to_the_product_than_a_quarter_of_the_squared_side():
-    """By least squares: no largest error is below the least root mean square at the corners."""
-    u, v = np.array([[0.7, 0.7], [0.7, 1.0], [1.0, 0.7], [1.0, 1.0]]).T
-    _, squares, _, _ = np.linalg.lstsq(np.stack([u, v, np.ones(4)], 1), u * v)
-    assert np.sqrt(squares / 4) == pytest.approx(0.3**2 / 4)
-
-
 def test_a2_inversion_and_permutation_are_adapters():
     numbers, _ = theory.a2(0)
     inverted, swapped, policy_flipped, policy_swapped, as_drawn = numbers.values()
