@@ -932,7 +932,9 @@ class Run:
         cfg = self.cfg
         due = self.step % cfg.eval_every == 0 or self.step == cfg.steps
         if due and self.step > self.last_evaluation:
-            write = print if tqdm is None else tqdm.write
+            write = print
+            if tqdm is not None:
+                write = tqdm.write  # above the bar
             if self.step == cfg.steps:
                 write(f"last evaluation: {cfg.rollouts} episodes in each context …")
                 sys.stdout.flush()

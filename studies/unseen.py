@@ -17,7 +17,8 @@ RUNS are run folders, folders of these, or a folder with tables (results). `repo
 return by method, over pairs and seeds, with its 95 % interval. unseen.csv has a row for each run.
 
 `beyond` varies one context value after the other, for each sign: from a quarter of the lower to
-four times the upper extrapolation limit. A sign's strength goes from 0 to twice the trained one.
+four times the upper extrapolation limit, or to four times both where the lower is not above 0.
+A sign's strength goes from 0 to twice the trained one.
 All else has its default, and what an actuator gets is clipped to [-1, 1]. The program prints means
 by range. beyond_<env>.csv has all returns.
 """
