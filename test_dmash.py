@@ -3,7 +3,7 @@
     python -m pytest -q test_dmash.py                all of them, in less than a minute
     python -m pytest -q test_dmash.py -k windows     those of one function
 
-The name of a test begins with the function or the class that it is about, in the order of dmash.py:
+Most names begin with the function or the class that they are about, in the order of dmash.py:
 subsample, mask_inputs, avg_l1_norm, sim_norm, encoder, hypernetwork, adapter, network, actor,
 critic_loss, …, update, windows, rollout, evaluate, run. The tests of environments, of files and of
 the command line are in tests/.
@@ -35,8 +35,8 @@ import dmash
 HERE = Path(__file__).parent
 
 D_S = 5  # size of a state
-D_A = 1  # of an action
-D_C = 2  # of a context
+D_A = 2  # of an action
+D_C = 3  # of a context
 B = 12  # samples
 N = 4  # contexts
 L = 6  # transitions of a window that are read
@@ -282,6 +282,9 @@ def test_gaussian_encoder_equals_torch_distributions():
     normal, kl = pearl_code(g, tau)
     assert_close(g(tau, noisy=False).double(), normal.mean)
     assert_close(g.kl.double(), kl)
+    weights = [g.project.weight, g.variance.weight]
+    gradients = [torch.autograd.grad(x, weights, retain_graph=True) for x in (g.kl, kl)]
+    assert_close(*gradients)
     sample = g(tau, noisy=True)
     assert_close(g.kl.double(), kl)
     standard = (sample - normal.mean) / normal.stddev
@@ -289,7 +292,6 @@ def test_gaussian_encoder_equals_torch_distributions():
     assert (standard.std(0) - 1).abs().max() < 5 / math.sqrt(2 * n)
     correlation = torch.corrcoef(standard.T) - torch.eye(8)
     assert correlation.abs().max() < 5 / math.sqrt(n)  # each dimension is drawn for itself
-    weights = [g.project.weight, g.variance.weight]
     for gradient in torch.autograd.grad(sample.sum(), weights):  # it is reparameterised
         assert gradient.abs().sum() > 0
 
@@ -325,10 +327,11 @@ def test_hypernetwork_equals_a_loop_over_samples():
 
 
 def test_hypernetwork_heads_start_as_linear_layers_of_pytorch():
-    head, linear = dmash.Hypernetwork().heads[0], nn.Linear(64, 256 * 32)
-    for ours, theirs in ((head.weight, linear.weight), (head.bias, linear.bias)):
-        assert abs(ours.std() / theirs.std() - 1) < 0.05
-        assert ours.abs().max() <= 1 / 8
+    """Uniform up to 1 / √64, whose standard deviation is 1 / √192."""
+    for head in dmash.Hypernetwork().heads:
+        for values in (head.weight, head.bias):
+            assert abs(values.std() * math.sqrt(192) - 1) < 0.3
+            assert values.abs().max() <= 1 / 8
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -404,7 +407,7 @@ def new_actor(d_a=D_A):
 
 
 def test_actor_squashes_the_log_std_into_its_range():
-    pi, s, omega = new_actor(), torch.randn(B, D_S), random_omega()
+    pi, s, omega = new_actor(1), torch.randn(B, D_S), random_omega()
     with torch.no_grad():
         pi.head.weight[:] = 0
         for raw in (-50.0, -1.0, 0.0, 2.0, 50.0):
@@ -424,6 +427,9 @@ def test_actor_sample_has_the_log_probability_of_torch_distributions():
     by_hand = oracle.log_prob(a.double()).sum(-1)
     assert log_prob.shape == (B,)
     assert_close(log_prob.double(), by_hand, rtol=1e-3, atol=1e-3)
+    bias = [pi.head.bias]
+    gradients = [torch.autograd.grad(x.sum(), bias, retain_graph=True) for x in (log_prob, by_hand)]
+    assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
 def test_actor_sample_is_distributed_as_its_gaussian_and_reparameterised():
@@ -442,7 +448,7 @@ def test_actor_sample_is_distributed_as_its_gaussian_and_reparameterised():
 
 def test_actor_sample_is_exact_where_tanh_saturates():
     """There log(1 − tanh²u) is log 4 − 2u."""
-    pi, s, omega = new_actor(), torch.randn(B, D_S), random_omega()
+    pi, s, omega = new_actor(1), torch.randn(B, D_S), random_omega()
     with torch.no_grad():
         pi.head.bias[:] = torch.tensor([30.0, 0.0])  # tanh(30) is 1 in single precision
     a, log_prob = with_seed(pi.sample, s, omega)
@@ -500,6 +506,9 @@ def test_actor_loss_by_hand():
     q = Q(batch.s, a, omega)
     by_hand = sum(0.3 * again[b] - min(q[b, 0], q[b, 1]) for b in range(B)) / B
     assert_close(loss, by_hand)
+    weights = list(pi.parameters())
+    gradients = [torch.autograd.grad(x, weights) for x in (loss, by_hand)]
+    assert_close(*gradients, rtol=1e-4, atol=1e-5)
     assert torch.equal(log_prob, again)
     assert not log_prob.requires_grad
 
@@ -783,22 +792,22 @@ def test_act_samples_for_training_and_takes_the_mean_for_evaluation():
 
 # ---- Agent.update: Algorithm 2 ------------------------------------------------------------------
 
-# The parameters that the dynamics, the critic and the policy loss train. A network's own
-# hypernetwork is a part of the network.
+# What the dynamics loss trains. In every method the critic loss trains ζ alone, and the policy loss
+# ξ alone. A network's own hypernetwork is a part of the network.
 ROUTING = {
-    "dma_star_sh": ("φηθ", "ζ", "ξ"),
-    "dma_star_h": ("φθ", "ζ", "ξ"),
-    "dma_star": ("φθ", "ζ", "ξ"),
-    "dma": ("φθ", "ζ", "ξ"),
-    "dma_pearl": ("φθ", "ζ", "ξ"),
-    "concat": ("", "ζ", "ξ"),
-    "da": ("", "ζ", "ξ"),
-    "dr": ("", "ζ", "ξ"),
-    "rl_adapters": ("φθ", "ζ", "ξ"),
-    "dma_sh": ("φηθ", "ζ", "ξ"),
-    "no_mask": ("φηθ", "ζ", "ξ"),
-    "no_input_norm": ("φηθ", "ζ", "ξ"),
-    "no_output_norm": ("φηθ", "ζ", "ξ"),
+    "dma_star_sh": "φηθ",
+    "dma_star_h": "φθ",
+    "dma_star": "φθ",
+    "dma": "φθ",
+    "dma_pearl": "φθ",
+    "concat": "",
+    "da": "",
+    "dr": "",
+    "rl_adapters": "φθ",
+    "dma_sh": "φηθ",
+    "no_mask": "φηθ",
+    "no_input_norm": "φηθ",
+    "no_output_norm": "φηθ",
 }
 
 
@@ -873,16 +882,20 @@ class Watch:
 
     def changed(self):
         """The groups that changed since this was last asked."""
-        last, self.last, names = self.last, self.values(), set()
-        for name, group in self.last.items():
-            moved = [not torch.equal(p, old) for p, old in zip(group, last[name])]
+        now, names = self.values(), set()
+        for name, group in now.items():
+            moved = [not torch.equal(p, old) for p, old in zip(group, self.last[name])]
             assert all(moved) or not any(moved), f"part of {name} is untouched"
             if any(moved):
                 names.add(name)
+        self.last = now
         return names
 
     def update(self, batch, step):
-        """The losses, without ω, and the steps of one update; and what changed after the last."""
+        """What `update` reports, the losses and steps of it, and what changed after the last step.
+
+        A loss comes with the groups that it leads to, a step with those that it changed.
+        """
         self.losses, self.steps = [], []
         reported = self.agent.update(batch, step)
         reached = [(name, groups) for name, groups, _ in self.losses]
@@ -895,12 +908,11 @@ def test_gradient_routing(method, monkeypatch):
 
     A loss of RL that leads to φ or η shows here even if no step changes them.
     """
-    dynamics, critic, actor = ROUTING[method]
     watch = Watch(small_agent(method=method), monkeypatch)
-    first = [("critic", set(critic))]
-    if dynamics:
-        first.insert(0, ("dynamics", set(dynamics)))
-    policy = [("actor", set(actor)), ("temperature", {"α"})]
+    first = [("critic", {"ζ"})]
+    if ROUTING[method]:
+        first.insert(0, ("dynamics", set(ROUTING[method])))
+    policy = [("actor", {"ξ"}), ("temperature", {"α"})]
     for step in (1, 2, 3, 4):
         reported, reached, changed, at_last = watch.update(random_batch(), step)
         expected = first + 2 * policy if step % 2 == 0 else first
@@ -927,7 +939,7 @@ def test_update_infers_once_and_gives_the_rl_losses_omega_as_a_constant(method, 
     monkeypatch.setattr(agent, "infer", watched_infer)
     watch = Watch(agent, monkeypatch)
     watch.update(batch, 2)
-    [(_, omega)] = inferred
+    [(_, omega)] = inferred  # fails unless it ran exactly once
     for name, _, given in watch.losses:
         if name == "dynamics":
             assert given is omega
@@ -963,7 +975,6 @@ class AnotherUpdate:
 
     def __init__(self, agent):
         self.agent, self.groups, self.adams = agent, parameter_groups(agent), {}
-        self.routing = ROUTING[agent.cfg.method]
         for name, rate in RATES.items():
             if name in self.groups:
                 self.adams[name] = torch.optim.Adam(self.groups[name], rate)
@@ -976,24 +987,23 @@ class AnotherUpdate:
             self.adams[name].step()
 
     def update(self, batch, step):
-        agent, (dynamics, critic, actor) = self.agent, self.routing
+        agent, dynamics = self.agent, ROUTING[self.agent.cfg.method]
         _, omega = agent.infer(batch.tau, noisy=True, c=batch.c)
         if dynamics:
             loss = dmash.dynamics_loss(agent.f, omega, batch)
             if agent.cfg.method == "dma_pearl":
                 loss = loss * (1 + 0.4 * agent.g.kl)
             self.descend(loss, dynamics)
-            with torch.no_grad():
-                omega = omega.detach()
+            omega = omega.detach()
         alpha = agent.log_alpha.exp().item()
         Q, Q_target, pi = agent.Q, agent.Q_target, agent.pi
         loss = dmash.critic_loss(pi, Q, Q_target, alpha, omega, batch, 0.8)
-        self.descend(loss, critic)
+        self.descend(loss, "ζ")
         if step % 2 == 0:
             for _ in range(2):
                 alpha = agent.log_alpha.exp().item()
                 loss, log_prob = dmash.actor_loss(pi, Q, alpha, omega, batch)
-                self.descend(loss, actor)
+                self.descend(loss, "ξ")
                 loss = dmash.temperature_loss(agent.log_alpha, log_prob, -float(D_A))
                 self.descend(loss, "α")
         for target, p in zip(self.groups["ζ̄"], self.groups["ζ"]):
@@ -1003,18 +1013,17 @@ class AnotherUpdate:
 @pytest.mark.parametrize("method", METHODS)
 def test_update_equals_algorithm_2_in_another_way(method):
     """Lines 2 to 7: the same weights after four updates, each group at its own learning rate."""
-    ours, theirs = [small_agent(method=method, **OTHER_SETTINGS) for _ in range(2)]
+    ours, theirs = [small_agent(method=method, **OTHER_SETTINGS).double() for _ in range(2)]
     theirs.load_state_dict(ours.state_dict())
-    other, batches = AnotherUpdate(theirs), [random_batch() for _ in range(4)]
-    for number, batch in enumerate(batches, start=1):
-        torch.manual_seed(number)
-        ours.update(batch, number)
-        torch.manual_seed(number)
-        other.update(batch, number)
+    other = AnotherUpdate(theirs)
+    for number in (1, 2, 3, 4):
+        batch = dmash.Batch(*(x.double() for x in random_batch()))
+        for agent in (ours, other):
+            torch.manual_seed(number)
+            agent.update(batch, number)
         for name, group in parameter_groups(ours).items():
             for p, q in zip(group, other.groups[name], strict=True):
-                where = f"{name}, update {number}"
-                assert_close(p, q, rtol=1e-4, atol=2e-5, msg=where)
+                assert_close(p, q, msg=f"{name}, update {number}")
 
 
 def test_update_moves_the_target_critics_by_rho():
@@ -1203,11 +1212,14 @@ def test_windows_are_read_at_random_for_training_and_evenly_for_evaluation():
 
 
 def test_sample_draws_all_stored_transitions_alike():
-    replay = dmash.Replay(torch.zeros(1, 1), 12, 1, 1, K=2, L=1)
+    """And in each context others."""
+    replay = dmash.Replay(torch.zeros(2, 1), 12, 1, 1, K=2, L=1)
     for t in range(20):
-        time = torch.full((1, 1), float(t))
-        replay.add(time, time, time[0], time)
-    counts = torch.bincount(replay.sample(2000).r.long(), minlength=20)
+        time = torch.full((2, 1), float(t))
+        replay.add(time, time, time[:, 0], time)
+    first, second = replay.sample(4000).r.long().chunk(2)
+    assert not torch.equal(first, second)
+    counts = torch.bincount(first, minlength=20)
     assert (counts[:10] == 0).all()  # overwritten, or without a window
     assert counts[10:].min() > 150 and counts[10:].max() < 250  # 200 ± 13 expected
 
@@ -1271,7 +1283,7 @@ def new_envs(contexts=CONTEXTS):
 
 @pytest.mark.parametrize("noisy", [True, False])
 def test_rollout_warms_up_for_K_steps_and_then_resets(noisy):
-    envs, agent = new_envs(), Recorder(K=10)
+    envs, agent = new_envs(), Driver(K=10)
     rollout = dmash.Rollout(agent, envs, noisy, capacity=200)
     rollout.begin_episode()
     assert len(agent.calls) == rollout.replay.t == 10
@@ -1280,8 +1292,10 @@ def test_rollout_warms_up_for_K_steps_and_then_resets(noisy):
     assert envs.t == 0  # warm-up steps do not count towards the horizon
     assert not torch.equal(rollout.s, agent.calls[0][0])  # a second start, after the first
     assert (rollout.s[:, :2].abs() >= 0.8).all() and (rollout.s[:, 2:] == 0).all()
-    rollout.step()
-    assert (agent.calls[-1][1][:, -1] != 0).any(-1).all()  # the window survives the reset
+    tau = with_seed(rollout.replay.latest, noisy)
+    with_seed(rollout.step)
+    assert torch.equal(agent.calls[-1][1], tau)
+    assert (tau[:, -1] != 0).any(-1).all()  # the window survives the reset
     assert all(call[2] is noisy for call in agent.calls)
 
 
@@ -1506,7 +1520,9 @@ def test_rollout_for_training_refuses_what_is_not_finite(what, value, monkeypatc
 
 def test_evaluate_counts_nothing_of_an_episode_that_begins_diverged(monkeypatch):
     def initial_state(task, i, rng):
-        return GOAL * (math.nan if i == 1 else 1)
+        if i == 1:
+            return GOAL * math.nan
+        return GOAL
 
     monkeypatch.setattr(aib_envs.DoubleIntegrator, "initial_state", initial_state)
     agent = Recorder()
@@ -1587,12 +1603,6 @@ def start_and_stop(cfg, step, monkeypatch):
     assert dmash.load(dmash.run_folder(cfg) / "checkpoint.pt")["step"] == step
 
 
-def test_run_is_the_same_bit_for_bit_with_the_same_seed(run, tmp_path, no_pictures):
-    cfg = small_config(out=str(tmp_path))
-    dmash.Run.start(cfg)
-    assert same(result(dmash.run_folder(cfg)), result(run))
-
-
 def test_run_differs_with_another_seed(run, tmp_path, no_pictures):
     cfg = small_config(out=str(tmp_path), seed=2)
     dmash.Run.start(cfg)
@@ -1601,7 +1611,7 @@ def test_run_differs_with_another_seed(run, tmp_path, no_pictures):
 
 @pytest.mark.parametrize("step", [19, 33])
 def test_run_that_was_stopped_resumes_exactly(step, run, tmp_path, monkeypatch, no_pictures):
-    """Before an evaluation, and in mid-episode after it."""
+    """Before an evaluation, and in mid-episode after it. So equal seeds give equal runs, too."""
     cfg = small_config(out=str(tmp_path))
     start_and_stop(cfg, step, monkeypatch)
     dmash.Run.resume(dmash.run_folder(cfg))
@@ -1650,7 +1660,7 @@ def test_the_agent_in_the_repository_balances_normal_and_inverted_motors():
     assert returns.min() > 800, returns
 
 
-def test_run_learns_the_dynamics_and_reads_the_sign_of_the_motors():
+def test_dynamics_model_learns_and_reads_the_sign_of_the_motors():
     """With the code of the other sign, the model is worse than the guess that nothing moves."""
     settings = dict(contexts=8, batch=64, hidden=64, bottleneck=8, dynamics_lr=1e-3, mask=0.0)
     run = dmash.Run(small_config(**settings), "unused")
@@ -1671,4 +1681,5 @@ def test_run_learns_the_dynamics_and_reads_the_sign_of_the_motors():
         right = dmash.dynamics_loss(agent.f, omega, batch)
         wrong = dmash.dynamics_loss(agent.f, agent.h(other), batch)
     nothing_moves = batch.ds.square().mean()
-    assert right < 0.1 * nothing_moves < nothing_moves < wrong
+    assert right < 0.1 * nothing_moves
+    assert wrong > nothing_moves
