@@ -528,38 +528,42 @@ def test_methods_are_those_of_the_paper():
     assert dmash.Config().method == "dma_star_sh"
 
 
-def linear(d_in, d_out):
+def linear_size(d_in, d_out):
     """The number of weights and biases of a linear layer."""
     return d_in * d_out + d_out
 
 
-def hypernetwork_size(d_z):
-    return linear(d_z, 64) + linear(64, 64) + linear(64, 2 * D_X * BOTTLENECK + BOTTLENECK + D_X)
+def hypernetwork_size(d_context):
+    return (
+        linear_size(d_context, 64)
+        + linear_size(64, 64)
+        + linear_size(64, 2 * D_X * BOTTLENECK + BOTTLENECK + D_X)
+    )
 
 
-def network_size(d_in, d_out, use, row, d_z):
-    size = linear(d_in, D_X) + linear(D_X, D_X) + linear(D_X, d_out)
+def network_size(d_in, d_out, use, row, d_context):
+    size = linear_size(d_in, D_X) + linear_size(D_X, D_X) + linear_size(D_X, d_out)
     if use == "concat":
-        size += d_z * D_X
+        size += d_context * D_X
     if use == "adapter" and row.hypernetwork == "own":
-        size += hypernetwork_size(d_z)
+        size += hypernetwork_size(d_context)
     return size
 
 
 def sizes_by_hand(row):
     """The number of parameters of each network that a method has."""
-    d_z = {"z": 8, "c": D_C, "none": 0}[row.context]
-    sizes = {"pi": network_size(D_S, 2 * D_A, row.rl, row, d_z)}
-    sizes["Q"] = sizes["Q_target"] = 2 * network_size(D_S + D_A, 1, row.rl, row, d_z)
+    d_context = {"z": 8, "c": D_C, "none": 0}[row.context]
+    sizes = {"pi": network_size(D_S, 2 * D_A, row.rl, row, d_context)}
+    sizes["Q"] = sizes["Q_target"] = 2 * network_size(D_S + D_A, 1, row.rl, row, d_context)
     if row.context == "z":
         lstm = 4 * 32 * (32 + 32 + 2)
         sizes["g"] = 32 * (2 * D_S + D_A) + lstm + 8 * 32
         if row.beta:  # the variance's layer, and two layer norms
             sizes["g"] += 8 * 32 + 32
     if row.f != "none":
-        sizes["f"] = network_size(D_S + D_A, D_S, row.f, row, d_z)
+        sizes["f"] = network_size(D_S + D_A, D_S, row.f, row, d_context)
     if row.hypernetwork == "shared":
-        sizes["h"] = hypernetwork_size(d_z)
+        sizes["h"] = hypernetwork_size(d_context)
     return sizes
 
 
@@ -581,7 +585,7 @@ def test_agent_has_the_networks_of_its_method(method):
 
 
 def test_agent_has_the_size_of_the_paper():
-    """On Cartpole, in millions of parameters, without target critics."""
+    """On Cartpole, in millions of parameters, without target critics and α."""
     for method, size in (("dma_star_sh", 1.37), ("da", 3.47)):
         agent = dmash.Agent(dmash.Config(env="cartpole_inv", method=method), 5, 1, 2)
         trained = [p for p in agent.parameters() if p.requires_grad and p.ndim > 0]
@@ -593,7 +597,10 @@ REFERENCE = HERE / "results" / "method_reference.npz"
 
 
 def wave(k, *shape):
-    """What tensor number k holds: sin(0.7 i + k) / √fan; i numbers its entries row by row."""
+    """What tensor number k holds: sin(0.7 i + k) / √fan; i numbers its entries row by row.
+
+    fan is the last size, 64 for a vector.
+    """
     fan = shape[-1] if len(shape) > 1 else 64
     values = np.sin(0.7 * np.arange(math.prod(shape)) + k) / math.sqrt(fan)
     return torch.from_numpy(values).float().reshape(shape)
@@ -616,15 +623,19 @@ def set_hypernetwork(k, h):
         head.bias.data.copy_(bias.unflatten(0, shape).T.flatten())
 
 
-def set_network(k, own, network):
+def set_network(k, k_own, network):
     if network is not None:
         set_tensors(k, *network.trunk.parameters(), *network.head.parameters())
         if network.own is not None:
-            set_hypernetwork(own, network.own)
+            set_hypernetwork(k_own, network.own)
 
 
 def reference_agent(method):
-    """d_s = 5, d_a = 2, d_c = 2, with the weights of the reference."""
+    """d_s = 5, d_a = 2, d_c = 2, with the weights of the reference.
+
+    The first tensor has number 0 in the encoder, 10 in a shared hypernetwork or that of f, 20 in f,
+    30 in π, 40 in Q₁, 50 in Q₂, and 60, 70, 80 in the own hypernetworks of π, Q₁, Q₂.
+    """
     agent = dmash.Agent(dmash.Config(env="di_inv", method=method), 5, 2, 2)
     if agent.g is not None:
         layers = [agent.g.embed, agent.g.lstm, agent.g.project]
@@ -656,7 +667,7 @@ def gradient_norms(agent):
     return result
 
 
-def outputs(agent, batch):
+def recorded_outputs(agent, batch):
     """All that the reference holds of a method."""
     z, omega = agent.infer(batch.tau, noisy=False, c=batch.c)
     if agent.method.beta:
@@ -686,7 +697,7 @@ def test_agent_computes_what_the_published_code_does(method):
     window = torch.cat([reference[f"window/{name}"] for name in ("s", "a", "ds")], -1)
     tau = window[:, dmash.subsample(1, 24, 4, noisy=False)[0]]
     s, a, ds, c = [reference[name] for name in ("s", "a", "ds", "c")]
-    computed = outputs(reference_agent(method), dmash.Batch(s, a, ds, None, tau, c))
+    computed = recorded_outputs(reference_agent(method), dmash.Batch(s, a, ds, None, tau, c))
     expected = {}
     for name, value in reference.items():
         if name.startswith(f"{method}/"):
@@ -704,7 +715,7 @@ def test_agent_computes_what_the_published_code_does(method):
 # ---- The agent: which network sees what ---------------------------------------------------------
 
 
-def all_outputs(agent, batch, tau, c):
+def outputs_of(agent, batch, tau, c):
     """What each user of ω computes, from windows tau and contexts c."""
     _, omega = agent.infer(tau, noisy=False, c=c)
     result = {"π": torch.cat(agent.pi(batch.s, omega), -1)}
@@ -720,9 +731,9 @@ def test_agent_reads_the_window_or_the_true_context_and_nothing_else(method):
     """For every sample, the outputs of all networks change with that alone."""
     agent, batch, other = small_agent(method=method), random_batch(), random_batch()
     context = METHODS[method].context
-    first = all_outputs(agent, batch, batch.tau, batch.c)
-    other_window = all_outputs(agent, batch, other.tau, batch.c)
-    other_context = all_outputs(agent, batch, batch.tau, other.c)
+    first = outputs_of(agent, batch, batch.tau, batch.c)
+    other_window = outputs_of(agent, batch, other.tau, batch.c)
+    other_context = outputs_of(agent, batch, batch.tau, other.c)
     assert ("f" in first) == (context == "z")
     for name, output in first.items():
         assert len(output) == B
@@ -770,13 +781,13 @@ def test_infer_is_random_only_if_noisy(method):
 def test_agent_uses_a_row_of_c_for_all_samples_of_its_context(method):
     agent, batch = small_agent(method=method), random_batch()
     each = batch.c.repeat_interleave(B // N, 0)  # (B, d_c)
-    once = all_outputs(agent, batch, None, batch.c)
-    repeated = all_outputs(agent, batch, None, each)
+    once = outputs_of(agent, batch, None, batch.c)
+    repeated = outputs_of(agent, batch, None, each)
     for name in once:
         assert_close(once[name], repeated[name])
     for b in range(B):
         alone = batch._replace(s=batch.s[b : b + 1], a=batch.a[b : b + 1])
-        for name, output in all_outputs(agent, alone, None, each[b : b + 1]).items():
+        for name, output in outputs_of(agent, alone, None, each[b : b + 1]).items():
             assert_close(output[0], once[name][b], rtol=1e-4, atol=1e-5)
 
 
@@ -1087,8 +1098,9 @@ def test_agent_starts_with_the_temperature_of_its_config():
     assert small_agent(alpha=0.1).alpha.item() == pytest.approx(0.1)
 
 
-# On how many rows each hypernetwork runs, each time that it does, in an update of the policy too:
-# the shared one (η), and own ones in f, in π, in a critic and in its target.
+# The rows of each call of a hypernetwork, in an update with a policy step: of the shared one (η),
+# and of own ones in f, in π, in a critic and in its target. π and Q₁ run once for the critic loss
+# and twice for the policy loss, Q̄₁ once.
 HYPERNETWORKS = {
     "dma_star_sh": {"η": [B]},
     "dma_star_h": {"f": [B], "π": [B] * 3, "Q₁": [B] * 3, "Q̄₁": [B]},
@@ -1105,13 +1117,13 @@ def test_update_runs_hypernetworks_no_more_often_than_needed(method):
     for name, network in networks.items():
         hypernetworks[name] = getattr(network, "own", None)
 
-    def watch(name, h):
+    def count_rows(name, h):
         rows = ran[name] = []
         h.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
 
     for name, h in hypernetworks.items():
         if h is not None:
-            watch(name, h)
+            count_rows(name, h)
     agent.update(random_batch(), 2)
     assert ran == HYPERNETWORKS[method]
 
@@ -1430,7 +1442,7 @@ def test_evaluate_starts_the_first_of_many_rollouts_where_a_single_one_starts():
     one, many = Driver(K=7), Driver(K=7)
     single, _ = dmash.evaluate(one, one.cfg, CONTEXTS, rollouts=1)
     several, _ = dmash.evaluate(many, many.cfg, CONTEXTS, rollouts=4)
-    first, all_starts = one.calls[7][0], many.calls[7][0]
+    first, all_starts = one.calls[7][0], many.calls[7][0]  # call 7 is the first after the warm-up
     assert torch.equal(all_starts[:3], first)
     assert len(all_starts.unique(dim=0)) == 12
     np.testing.assert_array_equal(several[:, :1], single)
