@@ -127,9 +127,9 @@ class Config:
         return max(1, int(self.subsample * self.K + 1e-9))  # in floats 0.29 * 100 is below 29
 
 
-# What --quick changes besides the steps, so that SAC learns sooner. `quick_config` applies it.
-QUICK = {"polyak": 0.05, "alpha": 0.1, "alpha_lr": 2e-3, "actor_lr": 1e-3, "dynamics_lr": 1e-3}
-QUICK |= {"policy_average": 0.005, "eval_every": 1000}
+# The settings of --quick besides the steps, so that SAC learns sooner. In Python: Config(**QUICK).
+QUICK = {"quick": True, "policy_average": 0.005, "eval_every": 1000, "polyak": 0.05, "alpha": 0.1}
+QUICK |= {"alpha_lr": 2e-3, "actor_lr": 1e-3, "dynamics_lr": 1e-3}
 
 # ---- Context encoder g_φ: τ -> code z -----------------------------------------------------------
 
@@ -726,13 +726,17 @@ def complete(cfg):
     except (ValueError, ImportError, TypeError, gymnasium.error.Error) as error:
         raise BadInput(f"--env {cfg.env}: {one_line(error)}") from None
     if cfg.method not in METHODS:
-        raise BadInput(aib_envs.unknown("method", cfg.method, list(METHODS)))
+        raise BadInput(aib_envs.unknown("method", cfg.method, METHODS))
     method = METHODS[cfg.method]
-    K = spec.K if cfg.K is None else number("--K", cfg.K, int, 1, spec.horizon)
-    defaults = dict(K=K, steps=spec.steps, mask=method.mask, threads=torch.get_num_threads())
-    defaults["buffer"] = 100_000 * (K + spec.horizon) // spec.horizon  # warm-ups are extra
-    if cfg.quick:
-        defaults["steps"] = spec.steps // 10
+    if cfg.K is None:
+        cfg.K = spec.K
+    cfg.K = number("--K", cfg.K, int, 1, spec.horizon)
+    defaults = {
+        "steps": spec.steps // 10 if cfg.quick else spec.steps,
+        "mask": method.mask,
+        "threads": torch.get_num_threads(),
+        "buffer": 100_000 * (cfg.K + spec.horizon) // spec.horizon,  # warm-ups are extra
+    }
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if value is None:
@@ -749,28 +753,18 @@ def complete(cfg):
     require(cfg.batch >= cfg.contexts, "batch", f"at least --contexts, here {cfg.contexts}")
     require(cfg.mask == 0 or method.context == "z", "mask", f"0: {cfg.method} has no encoder")
     require(cfg.d_z % ContextEncoder.GROUP == 0, "d_z", f"a multiple of {ContextEncoder.GROUP}")
-    require(usable(cfg.device), "device", "cpu, or a GPU that is there: cuda or cuda:<number>")
-    require("\0" not in cfg.out, "out", "the name of a folder")
-
-
-def usable(device):
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=cfg.device).item()
     except (RuntimeError, AssertionError):  # the latter where torch has no GPU support
-        return False
-    return device != "meta"
-
-
-def quick_config(**settings):
-    """The Config of --quick. `settings` come first."""
-    return Config(quick=True, **(QUICK | settings))
+        allowed = "cpu, or a GPU that is there: cuda or cuda:<number>"
+        raise BadInput(f"--device {cfg.device}: must be {allowed}") from None
 
 
 def number(name, value, kind, low, high=1e12):
     """`value`, which may be text such as 1e5, as an int or a float (`kind`) from low to high."""
     try:
         x = float(value)
-    except (TypeError, ValueError, OverflowError):
+    except ValueError:
         x = math.nan
     if low <= x <= high and kind(x) == x:
         return kind(x)
@@ -798,10 +792,7 @@ def new_agent(cfg):
 
 SETS = ("train", "eval_in", "eval_out")
 LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
-COLUMNS = ["step", "env_steps", "seconds", "steps_per_second", *LOSSES, *SETS]  # of metrics.csv
-COLUMNS += [f"diverged_{name}" for name in SETS]
-ACTING = ("g.", "h.", "pi.", "pi_average.")  # the weights in policy.pt
-PLAIN = ("version", "step", "history", "sums", "counts", "step_seconds")  # in the checkpoint as is
+PLAIN = ("step", "metrics", "per_context", "losses", "step_seconds")  # in the checkpoint as is
 
 
 class Run:
@@ -822,15 +813,14 @@ class Run:
         envs = aib_envs.VectorEnv(cfg.env, contexts, seed=[cfg.seed, 0])
         self.rollout = Rollout(self.agent, envs, noisy=True, capacity=cfg.buffer)
         self.step = 0  # gradient steps done
-        self.history = []  # for each evaluation its rows of metrics.csv and per_context.csv
+        self.metrics, self.per_context = [], []  # the rows of both tables
         self.signal, self.evaluating = None, False
         self.began = time.perf_counter()
-        self.clear_sums()
+        self.clear_losses()
 
-    def clear_sums(self):
-        """Starts the means of the losses, and the time of gradient steps, anew."""
-        self.sums, self.counts = dict.fromkeys(LOSSES, 0.0), dict.fromkeys(LOSSES, 0)
-        self.step_seconds = 0.0
+    def clear_losses(self):
+        self.losses = {name: [] for name in LOSSES}  # of the gradient steps since an evaluation
+        self.step_seconds = 0.0  # the time of these
 
     @classmethod
     def start(cls, cfg):
@@ -842,7 +832,6 @@ class Run:
                 if path.suffix != ".partial":  # left by a run killed before its first checkpoint
                     ways = f"choose another --seed or --out, or go on with --resume {run.folder}"
                     raise BadInput(f"{path} is already there; {ways}")
-            run.save()
             run.train()
 
     @classmethod
@@ -852,9 +841,7 @@ class Run:
         `expected` is the Config that --go-on asks for. BadInput if the run has other settings, but
         for steps, out and threads.
         """
-        folder, path = Path(folder), Path(folder) / "checkpoint.pt"
-        if not path.is_file():
-            raise BadInput(f"--resume {folder}: no run folder (it has no {path.name})")
+        path = Path(folder) / "checkpoint.pt"
         with lock(folder) as inode:
             with reading(path):
                 state = load(path)
@@ -867,39 +854,37 @@ class Run:
                     if value != there and name not in ("steps", "out", "threads"):
                         holds = f"{folder} holds a run with {flag(name)} {there}"
                         raise BadInput(f"{flag(name)} {value}: {holds}")
-                steps = max(steps, run.cfg.steps)
+                steps = max(expected.steps, run.cfg.steps)
             if steps is not None:
                 run.cfg.steps = number("--steps", steps, int, run.cfg.steps)
-            run.save()
             run.train()
 
     @property
     def last_evaluation(self):
         """The step of the last evaluation, 0 before the first."""
-        return self.history[-1]["metrics"]["step"] if self.history else 0
+        return self.metrics[-1]["step"] if self.metrics else 0
 
     def train(self):
         """Trains to `cfg.steps`, or until a signal. Evaluates and saves on the way."""
         cfg = self.cfg
-        start = f"{self.folder}: step {self.step:,} of {cfg.steps:,}; threads: {cfg.threads}"
-        print(start, flush=True)
+        self.save()
+        say(f"{self.folder}: step {self.step:,} of {cfg.steps:,}; threads: {cfg.threads}")
         try:
             with handle_signals(self.on_signal), contextlib.suppress(Stopped):
                 if self.step == 0:
                     for _ in progress("random steps", 0, cfg.random_steps, self.recent_return):
                         self.rollout.collect(random=True)
-                        self.stop_if_asked()
-                self.evaluate_if_due()
+                        self.between_steps()
+                self.between_steps()
                 for _ in progress("gradient steps", self.step, cfg.steps, self.recent_return):
                     self.gradient_step()
-                    self.stop_if_asked()
-                    self.evaluate_if_due()
+                    self.between_steps()
         except FloatingPointError as error:
             kept = f"the last checkpoint in {self.folder} is untouched"
             raise FloatingPointError(f"step {self.step:,}: {error}; {kept}") from None
         if self.step > self.last_evaluation:  # stopped between two evaluations
             self.save()
-        if self.history:
+        if self.metrics:
             plot(self)
         if self.last_evaluation < cfg.steps:
             command = shlex.join([sys.executable, sys.argv[0], f"--resume={self.folder}"])
@@ -918,30 +903,22 @@ class Run:
         if self.evaluating:
             raise Stopped(signum)
 
-    def stop_if_asked(self):
-        if self.signal is not None:
-            raise Stopped(self.signal)
-
     def recent_return(self):
         """The sum of rewards in the last `horizon` steps of training, mean over contexts."""
         replay, horizon = self.rollout.replay, self.rollout.envs.horizon
         t = torch.arange(max(0, replay.t - horizon), replay.t) % replay.capacity
         return f"training return {replay.rows[t, :, -1].sum(0).mean():.1f}"
 
-    def evaluate_if_due(self):
+    def between_steps(self):
+        """Stops if a signal has come. Else evaluates and saves, if it is time."""
+        if self.signal is not None:
+            raise Stopped(self.signal)
         cfg = self.cfg
         due = self.step % cfg.eval_every == 0 or self.step == cfg.steps
         if due and self.step > self.last_evaluation:
-            write = print
-            if tqdm is not None:
-                write = tqdm.write  # above the bar
-            if self.step == cfg.steps:
-                write(f"last evaluation: {cfg.rollouts} episodes in each context …")
-                sys.stdout.flush()
             self.evaluate()
             self.save()
-            write(summary(self.history[-1]["metrics"], cfg.steps))
-            sys.stdout.flush()
+            say(summary(self.metrics[-1], cfg.steps))
 
     def gradient_step(self):
         """One step of all contexts, after a warm-up if an episode begins, and one update."""
@@ -951,47 +928,51 @@ class Run:
         losses = self.agent.update(self.rollout.replay.sample(self.cfg.batch), self.step)
         require_finite(losses)
         for name, value in losses.items():
-            self.sums[name] += value.item()
-            self.counts[name] += 1
+            self.losses[name].append(value.item())
         self.step_seconds += time.perf_counter() - begin
 
     def evaluate(self):
-        """Adds an evaluation to the history."""
+        """Adds an evaluation to both tables."""
         cfg = self.cfg
+        rollouts = cfg.eval_rollouts
+        if self.step == cfg.steps:
+            rollouts = cfg.rollouts
+            say(f"last evaluation: {rollouts} episodes in each context …")
         self.evaluating = True
-        rollouts = cfg.rollouts if self.step == cfg.steps else cfg.eval_rollouts
         results = evaluate_sets(self.agent, cfg, rollouts)
         self.evaluating = False
-        row = {"step": self.step, "env_steps": self.rollout.replay.t * cfg.contexts}
-        row["seconds"] = time.perf_counter() - self.began
-        row["steps_per_second"] = self.counts["critic_loss"] / self.step_seconds
-        for name in LOSSES:
-            row[name] = self.sums[name] / (self.counts[name] or math.nan)
-        row |= by_set(results, "return")
-        for name, count in by_set(results, "diverged", sum).items():
-            row[f"diverged_{name}"] = int(count)
-        contexts = [{"step": self.step, **result} for result in results]
-        self.history.append({"metrics": row, "contexts": contexts})
-        self.clear_sums()
+        row = {
+            "step": self.step,
+            "env_steps": self.rollout.replay.t * cfg.contexts,
+            "seconds": time.perf_counter() - self.began,
+            "steps_per_second": len(self.losses["critic_loss"]) / self.step_seconds,
+        }
+        for name, values in self.losses.items():
+            row[name] = sum(values) / len(values) if values else math.nan
+        for name in SETS:
+            row[name] = float(np.mean(of_set(results, name, "return")))
+        for name in SETS:
+            row[f"diverged_{name}"] = sum(of_set(results, name, "diverged"))
+        self.metrics.append(row)
+        self.per_context += [{"step": self.step, **result} for result in results]
+        self.clear_losses()
 
     def save(self):
         """Writes all files, the checkpoint first. Writes none if a weight is not finite."""
         if os.stat(self.folder).st_ino != self.inode:
             raise BadInput(f"{self.folder} was replaced by another folder while this run went on")
         state = self.state_dict()
-        require_finite({f"weight {name}": value for name, value in state["agent"].items()})
+        require_finite(state["agent"])
         policy = {name: state[name] for name in ("settings", "version", "step")}
-        weights = state["agent"].items()
-        policy["agent"] = {name: value for name, value in weights if name.startswith(ACTING)}
-        config = asdict(self.cfg) | {"version": self.version}
+        policy["agent"] = acting(state["agent"])
+        config = state["settings"] | {"version": self.version}
         for package in (torch, np, mujoco, gymnasium):
-            config[package.__name__] = str(package.__version__)
+            config[package.__name__] = package.__version__
         files = {"checkpoint.pt": state, "policy.pt": policy}
         files["config.json"] = json.dumps(config, indent=2) + "\n"
-        if self.history:
-            rows = [row for evaluation in self.history for row in evaluation["contexts"]]
-            files["metrics.csv"] = csv_text([evaluation["metrics"] for evaluation in self.history])
-            files["per_context.csv"] = csv_text(rows)
+        if self.metrics:
+            files["metrics.csv"] = csv_text(self.metrics)
+            files["per_context.csv"] = csv_text(self.per_context)
         if self.cfg.snapshots and self.step == self.last_evaluation > 0:
             (self.folder / "policies").mkdir(exist_ok=True)
             files[f"policies/{self.step}.pt"] = policy
@@ -1002,10 +983,12 @@ class Run:
         """Tensors, numbers, strings, lists and dicts, so that loading it can run no code."""
         optimizers, rollout, replay = self.agent.optimizers, self.rollout, self.rollout.replay
         state = {name: getattr(self, name) for name in PLAIN}
-        device = torch.device(self.cfg.device)
-        gpus = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        generators = [torch.get_rng_state()]
+        if self.cfg.device.startswith("cuda"):
+            generators.append(torch.cuda.get_rng_state(self.cfg.device))
         return state | {
             "settings": asdict(self.cfg),
+            "version": self.version,
             "seconds": time.perf_counter() - self.began,
             "agent": self.agent.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
@@ -1014,17 +997,16 @@ class Run:
             "envs": rollout.envs.state_dict(),
             "done": rollout.done,
             "s": rollout.s,
-            "generators": [torch.get_rng_state(), *gpus],
+            "generators": generators,
         }
 
     def load_state_dict(self, state):
         """Takes over a checkpoint; an exception if it is not one of such a run."""
-        columns = [list(evaluation["metrics"]) for evaluation in state["history"]]
-        if state.keys() != self.state_dict().keys() or columns != [COLUMNS] * len(columns):
+        if state.keys() != self.state_dict().keys():
             raise ValueError("written by another version of dmash.py")
         if state["version"] != self.version:
             print(f"saved by version {state['version']!r}, goes on with {self.version!r}")
-        for name in PLAIN[1:]:
+        for name in PLAIN:
             setattr(self, name, state[name])
         self.began -= state["seconds"]
         self.agent.load_state_dict(state["agent"])
@@ -1033,7 +1015,7 @@ class Run:
         rollout, replay = self.rollout, self.rollout.replay
         replay.t = state["t"]
         replay.rows[: replay.t] = state["replay"]
-        rollout.s = state["s"].to(self.cfg.device)
+        rollout.s[:] = state["s"]
         rollout.envs.load_state_dict(state["envs"])
         rollout.done = state["done"]
         if rollout.envs.t is None and not rollout.done:
@@ -1050,20 +1032,22 @@ def evaluate_sets(agent, cfg, rollouts):
     sets = aib_envs.context_sets(cfg.env, cfg.contexts)
     contexts = [context for name in SETS for context in sets[name]]
     returns, diverged = evaluate(agent, cfg, contexts, rollouts)
-    rows = []
-    for i, context in enumerate(contexts):
-        place = {"set": SETS[i // cfg.contexts], "index": i % cfg.contexts}
-        result = {"return": float(returns[i].mean()), "diverged": int(diverged[i].sum())}
-        rows.append(place | context | result)
+    rows = [{"set": name, "index": i} | c for name in SETS for i, c in enumerate(sets[name])]
+    for i, row in enumerate(rows):
+        row["return"] = float(returns[i].mean())
+        row["diverged"] = int(diverged[i].sum())
     return rows
 
 
-def by_set(rows, column, of=np.mean):
-    """The mean of a column in each set, or its `of`, such as sum."""
-    result = {}
-    for name in SETS:
-        result[name] = float(of([row[column] for row in rows if row["set"] == name]))
-    return result
+def of_set(rows, name, column):
+    """The values of a column in the rows of one set."""
+    return [row[column] for row in rows if row["set"] == name]
+
+
+def acting(weights):
+    """Those of an agent's weights that acting needs: what policy.pt holds."""
+    parts = ("g.", "h.", "pi.", "pi_average.")
+    return {name: value for name, value in weights.items() if name.startswith(parts)}
 
 
 def require_finite(tensors):
@@ -1087,30 +1071,37 @@ def keep_freed_memory():
 @contextlib.contextmanager
 def handle_signals(handler):
     """SIGINT and SIGTERM call `handler` in the block, if this is the main thread."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    before = [signal.signal(number, handler) for number in numbers]
-    try:
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, handler)
+                stack.callback(signal.signal, number, before)
         yield
-    finally:
-        for number, old in zip(numbers, before):
-            signal.signal(number, old)
 
 
 def summary(row, steps):
     """The line printed at an evaluation."""
     rate = row["steps_per_second"]
-    parts = [f"step {row['step']:,}  return:"]
-    parts += [f"{name} {row[name]:.1f}" for name in SETS]
+    text = f"step {row['step']:,}  return:"
+    for name in SETS:
+        text += f"  {name} {row[name]:.1f}"
     if not math.isnan(row["dynamics_loss"]):
-        parts.append(f"dynamics loss {row['dynamics_loss']:.2e}")
-    parts.append(f"alpha {row['alpha']:.3f}")
-    parts.append(f"{rate:.1f} steps/s  {(steps - row['step']) / rate / 60:.0f} min left")
+        text += f"  dynamics loss {row['dynamics_loss']:.2e}"
+    text += f"  alpha {row['alpha']:.3f}  {rate:.1f} steps/s"
+    text += f"  {(steps - row['step']) / rate / 60:.0f} min left"
     diverged = sum(row[f"diverged_{name}"] for name in SETS)
     if diverged:
-        parts.append(f"{diverged} evaluation episodes diverged")
-    return "  ".join(parts)
+        text += f"  {diverged} evaluation episodes diverged"
+    return text
+
+
+def say(line):
+    """Prints a line at once, above the progress bar if there is one."""
+    if tqdm is None:
+        print(line)
+    else:
+        tqdm.write(line)
+    sys.stdout.flush()
 
 
 def progress(what, done, total, note):
@@ -1134,7 +1125,7 @@ def progress(what, done, total, note):
             rate = (i - done) / (now - begin)
             left = (total - i) / rate / 60
             pace = f"{rate:.1f} a second, {left:.0f} min left"
-            print(f"{i:,} of {total:,} {what}, {pace}, {note()}", flush=True)
+            say(f"{i:,} of {total:,} {what}, {pace}, {note()}")
 
 
 # ---- Files --------------------------------------------------------------------------------------
@@ -1142,14 +1133,11 @@ def progress(what, done, total, note):
 
 def code_version():
     """A hash of both source files and, where git tracks them, the commit that last changed them."""
-    files = [Path(__file__).resolve(), Path(aib_envs.__file__).resolve()]
+    files = [Path(__file__), Path(aib_envs.__file__)]
     version = hashlib.sha256(files[0].read_bytes() + files[1].read_bytes()).hexdigest()[:12]
     command = ["git", "-C", files[0].parent, "log", "-1", "--format= %h", "--", *files]
-    # Variables such as GIT_DIR would make git look into another repository.
-    variables = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
     with contextlib.suppress(OSError):  # no git
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
-        version += done.stdout.rstrip()
+        version += subprocess.run(command, capture_output=True, text=True).stdout.rstrip()
     return version
 
 
@@ -1160,21 +1148,17 @@ def lock(folder):
     Gives the inode, by which `Run.save` sees that another folder has taken its place. Nothing is
     held where folders have no locks (Windows, some network disks).
     """
-    if fcntl is None:
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"{folder} is in use by another process") from None
+            except OSError:  # a network disk without locks
+                pass
         yield os.stat(folder).st_ino
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise BadInput(f"{folder} is in use by another process") from None
-    except OSError:  # a network disk without locks
-        pass
-    try:
-        yield os.fstat(handle).st_ino
-    finally:
-        os.close(handle)
 
 
 def replace_file(path, content):
@@ -1213,14 +1197,14 @@ def reading(path):
 
 
 def one_line(error):
-    """The first line of an error. A stranger's text must not steer the terminal."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return "".join(filter(str.isprintable, lines[0]))[:200]
+    """An error in one line. A stranger's text must not steer the terminal."""
+    text = " ".join(str(error).split())
+    return "".join(filter(str.isprintable, text))[:200]
 
 
 def csv_text(rows):
     """The text of a CSV file with a line for each dict; floats have 6 digits."""
-    text = io.StringIO(newline="")
+    text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0])
     for row in rows:
@@ -1241,15 +1225,11 @@ def load_policy(path: str | Path, device: str = "cpu") -> tuple[Config, Agent]:
     path = Path(path)
     if path.is_dir():
         path = path / "policy.pt"
-    if not path.is_file():
-        raise BadInput(f"{path}: must be a policy file, or a run folder that holds policy.pt")
-    Config(device=device)  # refuses a device that is not usable, before the file is to blame
     with reading(path), torch.random.fork_rng(devices=[]):
         state = load(path)
         cfg = Config(**state["settings"] | {"device": device})
         agent = new_agent(cfg)
-        known = {name for name in agent.state_dict() if name.startswith(ACTING)}
-        if known != state["agent"].keys():
+        if acting(agent.state_dict()).keys() != state["agent"].keys():
             raise ValueError("its weights are not those of this method in this version")
         agent.load_state_dict(state["agent"], strict=False)
         agent.step, agent.version = int(state["step"]), str(state["version"])
@@ -1265,7 +1245,7 @@ class Policy:
     """
 
     def __init__(self, cfg: Config, agent: Agent) -> None:
-        if METHODS[cfg.method].context == "c":
+        if agent.method.context == "c":
             raise BadInput(f"{cfg.method} must be told the context, which a Policy does not know")
         self.cfg, self.agent = cfg, agent
         self.reset()
@@ -1296,8 +1276,7 @@ class Policy:
             no_context = torch.zeros(len(rows), 0, device=cfg.device)
             self.window = Replay(no_context, cfg.K, cls.d_s, cls.d_a, cfg.K, L)
         if self.last:
-            s_last, a_last = self.last
-            self.window.add(s_last, a_last, rows[:, 0], rows)  # nothing reads the reward
+            self.window.add(*self.last, rows[:, 0], rows)  # nothing reads the reward
         z, omega = agent.infer(self.window.latest(noisy=False), noisy=False)
         a = agent.act(rows, omega, noisy=False)
         self.last = [rows, a]
@@ -1319,13 +1298,11 @@ def plot(run):
     dim = aib_envs.lookup(run.cfg.env).context[0]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     curves, last = figure.subplots(1, 2, sharey=True)
-    metrics = [evaluation["metrics"] for evaluation in run.history]
-    steps = [row["step"] for row in metrics]
+    steps = [row["step"] for row in run.metrics]
+    rows = [row for row in run.per_context if row["step"] == run.last_evaluation]
     for name in SETS:
-        curves.plot(steps, [row[name] for row in metrics], ".-", label=name)
-        rows = [row for row in run.history[-1]["contexts"] if row["set"] == name]
-        values, returns = [row[dim.name] for row in rows], [row["return"] for row in rows]
-        last.plot(values, returns, "o")
+        curves.plot(steps, [row[name] for row in run.metrics], ".-", label=name)
+        last.plot(of_set(rows, name, dim.name), of_set(rows, name, "return"), "o")
     curves.set_title(run.folder.resolve().name, parse_math=False)
     curves.set(xlabel="gradient steps", ylabel="average episodic return")
     curves.legend()
@@ -1352,9 +1329,14 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser():
     """No argument has a default, so that one sees which were given."""
-    options = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    options["formatter_class"] = argparse.RawDescriptionHelpFormatter
-    parser = Parser("dmash.py", usage="%(prog)s [options]", description=EXAMPLES, **options)
+    parser = Parser(
+        "dmash.py",
+        usage="%(prog)s [options]",
+        description=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="RUN", help="evaluate a run folder or a policy file")
     modes.add_argument("--resume", metavar="RUN", help="go on with a run; --steps may be raised")
@@ -1383,19 +1365,19 @@ def exit_status(program, command):
         command()
         sys.stdout.flush()
         return 0
-    except (BadInput, aib_envs.BadEnvironment) as error:
-        message, status = error, 2
-    except FloatingPointError as error:
-        message, status = error, 1
     except BrokenPipeError:  # the reader of our output has left: nothing to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        message, status = f"{error.filename or 'output'}: {error.strerror}", 2
     except Stopped as stopped:
         return 128 + stopped.args[0]
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except FloatingPointError as error:
+        message, status = error, 1
+    except OSError as error:
+        message, status = f"{error.filename or 'output'}: {error.strerror or error}", 2
+    except (BadInput, aib_envs.BadEnvironment) as error:
+        message, status = error, 2
     print(f"{program}: error: {message}", file=sys.stderr)
     return status
 
@@ -1408,33 +1390,33 @@ def main(argv=None):
 ALLOWED_WITH = {
     "eval": {"per_context", "rollouts", "threads", "device"},
     "resume": {"steps"},
-    "list_methods": set(),
-    "version": set(),
 }
 
 
 def run_command(given):
     """Runs what the command line asks for. `given` has the arguments that stood there, by name."""
-    for mode in ALLOWED_WITH.keys() & given.keys():
-        for name in given.keys() - ALLOWED_WITH[mode] - {mode}:
-            raise BadInput(f"{flag(name)}: not allowed with {flag(mode)}")
+    for mode, allowed in ALLOWED_WITH.items():
+        for name in given:
+            if mode in given and name not in (mode, *allowed):
+                raise BadInput(f"{flag(name)}: not allowed with {flag(mode)}")
     if "eval" in given:
         print_evaluation(given.pop("eval"), **given)
     elif "resume" in given:
         Run.resume(given["resume"], given.get("steps"))
     elif "list_methods" in given:
-        print(("{:16}" + "{:13}" * 9).format("--method", *Method._fields))
-        for name, method in METHODS.items():
-            print(("{:16}" + "{!s:13}" * 9).format(name, *method))
+        for name, row in ({"--method": Method._fields} | METHODS).items():
+            print(f"{name:16}" + "".join(f"{cell!s:13}" for cell in row))
     elif "version" in given:
         print(__version__, code_version())
     elif "per_context" in given:
         raise BadInput("--per-context: allowed only with --eval RUN")
     else:
         go_on = given.pop("go_on", False)
-        cfg = quick_config(**given) if given.pop("quick", False) else Config(**given)
+        if "quick" in given:
+            given = QUICK | given
+        cfg = Config(**given)
         if go_on and (run_folder(cfg) / "checkpoint.pt").is_file():
-            Run.resume(run_folder(cfg), cfg.steps, expected=cfg)
+            Run.resume(run_folder(cfg), expected=cfg)
         else:
             Run.start(cfg)
 
@@ -1445,14 +1427,15 @@ def print_evaluation(path, per_context=False, device="cpu", **settings):
     cfg = replace(cfg, **settings)
     torch.set_num_threads(cfg.threads)
     print(f"{cfg.env}, {cfg.method}, seed {cfg.seed}, step {agent.step:,}, {agent.version!r}")
-    print(f"{cfg.contexts} contexts x {cfg.rollouts} rollouts in each set …", flush=True)
+    say(f"{cfg.contexts} contexts x {cfg.rollouts} rollouts in each set …")
     results = evaluate_sets(agent, cfg, cfg.rollouts)
     if per_context:
         print(csv_text(results), end="")
-    means = "  ".join(f"{name} {mean:.1f}" for name, mean in by_set(results, "return").items())
+    parts = [f"{name} {np.mean(of_set(results, name, 'return')):.1f}" for name in SETS]
     diverged = sum(result["diverged"] for result in results)
-    note = f"  {diverged} episodes diverged" if diverged else ""
-    print(f"average episodic return: {means}{note}")
+    if diverged:
+        parts.append(f"{diverged} episodes diverged")
+    print(f"average episodic return: {'  '.join(parts)}")
 
 
 if __name__ == "__main__":

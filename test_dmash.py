@@ -1594,8 +1594,8 @@ def result(folder):
     """All that a run computed, without times."""
     state = dmash.load(folder / "checkpoint.pt")
     del state["seconds"], state["version"], state["settings"]["out"]
-    for evaluation in state["history"]:
-        del evaluation["metrics"]["seconds"], evaluation["metrics"]["steps_per_second"]
+    for row in state["metrics"]:
+        del row["seconds"], row["steps_per_second"]
     return state
 
 

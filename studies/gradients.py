@@ -108,6 +108,7 @@ class ShadowRun(dmash.Run):
             allowed = "methods that infer the context"
             raise dmash.BadInput(f"--method {cfg.method}: has no encoder; allowed: {allowed}")
         super().__init__(cfg, folder)
+        self.gradients = []  # the rows of gradients.csv
         self.shadows = []  # numbers of the updates since the last evaluation
         self.plain_update = self.agent.update
         self.agent.update = self.update
@@ -123,21 +124,20 @@ class ShadowRun(dmash.Run):
 
     def evaluate(self):
         super().evaluate()
-        self.history[-1]["gradients"] = row_of(self.step, self.shadows)
+        self.gradients.append(row_of(self.step, self.shadows))
         self.shadows = []
 
     def save(self):
         super().save()
-        if self.history:
-            rows = [evaluation["gradients"] for evaluation in self.history]
-            dmash.replace_file(self.folder / "gradients.csv", dmash.csv_text(rows))
+        if self.gradients:
+            dmash.replace_file(self.folder / "gradients.csv", dmash.csv_text(self.gradients))
 
     def state_dict(self):
-        return super().state_dict() | {"shadows": self.shadows}
+        return super().state_dict() | {"gradients": self.gradients, "shadows": self.shadows}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.shadows = state["shadows"]
+        self.gradients, self.shadows = state["gradients"], state["shadows"]
 
 
 # ---- Figure -------------------------------------------------------------------------------------

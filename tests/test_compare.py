@@ -94,7 +94,7 @@ def test_plan_has_a_line_for_each_run_seeds_outermost(capsys):
 
 def make_run(root, env, method, seed, level, done=10, **config):
     """A run folder as dmash.py writes it: returns of `level`, and 3 less on eval_out."""
-    cfg = dmash.quick_config(env=env, method=method, seed=seed, steps=10)
+    cfg = dmash.Config(**dmash.QUICK, env=env, method=method, seed=seed, steps=10)
     folder = root / f"{env}__{method}__quick__s{seed}{config.get('departures', '')}"
     folder.mkdir(parents=True)
     versions = dict.fromkeys(reader.VERSIONS, "2.0")
