@@ -792,7 +792,7 @@ def new_agent(cfg):
 
 SETS = ("train", "eval_in", "eval_out")
 LOSSES = ("dynamics_loss", "critic_loss", "actor_loss", "alpha")
-PLAIN = ("step", "metrics", "per_context", "losses", "step_seconds")  # in the checkpoint as is
+PLAIN = ("step", "metrics", "per_context", "losses")  # in the checkpoint as they are
 
 
 class Run:
@@ -816,11 +816,7 @@ class Run:
         self.metrics, self.per_context = [], []  # the rows of both tables
         self.signal, self.evaluating = None, False
         self.began = time.perf_counter()
-        self.clear_losses()
-
-    def clear_losses(self):
         self.losses = {name: [] for name in LOSSES}  # of the gradient steps since an evaluation
-        self.step_seconds = 0.0  # the time of these
 
     @classmethod
     def start(cls, cfg):
@@ -922,14 +918,12 @@ class Run:
 
     def gradient_step(self):
         """One step of all contexts, after a warm-up if an episode begins, and one update."""
-        begin = time.perf_counter()
         self.step += 1
         self.rollout.collect()
         losses = self.agent.update(self.rollout.replay.sample(self.cfg.batch), self.step)
         require_finite(losses)
         for name, value in losses.items():
             self.losses[name].append(value.item())
-        self.step_seconds += time.perf_counter() - begin
 
     def evaluate(self):
         """Adds an evaluation to both tables."""
@@ -945,17 +939,16 @@ class Run:
             "step": self.step,
             "env_steps": self.rollout.replay.t * cfg.contexts,
             "seconds": time.perf_counter() - self.began,
-            "steps_per_second": len(self.losses["critic_loss"]) / self.step_seconds,
         }
         for name, values in self.losses.items():
             row[name] = sum(values) / len(values) if values else math.nan
+            values.clear()
         for name in SETS:
             row[name] = float(np.mean(of_set(results, name, "return")))
         for name in SETS:
             row[f"diverged_{name}"] = sum(of_set(results, name, "diverged"))
         self.metrics.append(row)
         self.per_context += [{"step": self.step, **result} for result in results]
-        self.clear_losses()
 
     def save(self):
         """Writes all files, the checkpoint first. Writes none if a weight is not finite."""
@@ -1080,8 +1073,8 @@ def handle_signals(handler):
 
 
 def summary(row, steps):
-    """The line printed at an evaluation."""
-    rate = row["steps_per_second"]
+    """The line printed at an evaluation. Its pace includes evaluations and random steps."""
+    rate = row["step"] / row["seconds"]
     text = f"step {row['step']:,}  return:"
     for name in SETS:
         text += f"  {name} {row[name]:.1f}"

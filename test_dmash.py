@@ -1595,7 +1595,7 @@ def result(folder):
     state = dmash.load(folder / "checkpoint.pt")
     del state["seconds"], state["version"], state["settings"]["out"]
     for row in state["metrics"]:
-        del row["seconds"], row["steps_per_second"]
+        del row["seconds"]
     return state
 
 

@@ -104,7 +104,6 @@ def read(path):
         rows = list(csv.DictReader(file))
     for row in rows:
         row.pop("seconds", None)
-        row.pop("steps_per_second", None)
     return rows
 
 
@@ -134,7 +133,7 @@ def results(folder):
     state = checkpoint(folder)
     del state["seconds"], state["version"], state["settings"]["out"]
     for row in state["metrics"]:
-        del row["seconds"], row["steps_per_second"]
+        del row["seconds"]
     tables = [read(folder / name) for name in ("metrics.csv", "per_context.csv")]
     return [*tables, bits(dmash.load(folder / "policy.pt")["agent"]), bits(state)]
 
