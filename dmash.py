@@ -23,19 +23,19 @@ the rate of the target critics. Here τ is the part of the window that is read.
 
     1  in every training context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
     2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
-    3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η}, where L is the error of predicting s' − s    (Eq. 1)
+    3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇ℒ_{φ,θ,η}, where ℒ is the error of predicting s' − s    (Eq. 1)
     4  ω ← stop-gradient(ω)                                                                (Eq. 2)
-    5  ζ ← ζ − α₂ ∇L_ζ, where L compares Q with r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
-    6  every second step do twice: {ξ ← ξ − α₁ ∇L_ξ, where L is SAC's policy loss; α by its loss}
+    5  ζ ← ζ − α₂ ∇ℒ_ζ, where ℒ compares Q with r + γ (min Q̄_{ζ̄,ω}(s', a') − α log π_{ξ,ω}(a'|s'))
+    6  every second step do twice: {ξ ← ξ − α₁ ∇ℒ_ξ, where ℒ is SAC's policy loss; α by its loss}
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
 
 Lines 5 and 6 use the ω of line 2, although line 3 has changed φ and η since. The published code
-computes ω again. Line 1 is `Rollout.step`, 2 to 7 `Agent.update`; `Run.gradient_step` calls both.
+computes ω again. Line 1 is `Rollout.step`, the batch is `Replay.sample`'s, the rest `Agent.update`.
 
 A warm-up precedes every episode: K steps without updates fill the window. Then the environment is
 reset and the window stays. Training also learns from these transitions; evaluation does not count
 their rewards. Methods without an encoder have warm-ups as well, to see the same amount of data. A
-run begins with 5,000 random steps per context and random warm-ups, which are not counted.
+run begins with 5,000 random steps per context. Their warm-ups, random too, come on top.
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual
 RL under Discontinuous Shifts", arXiv 2602.06550. Equations have its numbers. To start: --help.
@@ -84,7 +84,7 @@ def option(default, help, low=None, high=1e12):
 
 @dataclass
 class Config:
-    """All settings. The defaults are the paper's; `complete` fills in those that are None."""
+    """All settings. The defaults are the paper's; where they are None, `complete` fills in."""
 
     env: str = option("cartpole_inv", "python aib_envs.py shows all; or module:id, or gymnasium:id")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
@@ -115,7 +115,7 @@ class Config:
     actor_lr: float = option(3e-4, "α₁, learning rate of the policy", 1e-9, 1)
     alpha_lr: float = option(1e-3, "learning rate of log α", 1e-9, 1)
     alpha: float = option(1.0, "α, temperature, at the start", 1e-6, 100)
-    policy_average: float = option(0.0, "rate of a moving average of π to evaluate; 0: none", 0, 1)
+    policy_average: float = option(0.0, "rate of a moving average of π for evaluation; 0: no", 0, 1)
     buffer: int = option(None, "replay, steps per context (default: 100,000 + warm-ups)", 1)
     random_steps: int = option(5000, "random steps per context before the first gradient step", 0)
 
@@ -127,7 +127,7 @@ class Config:
         return max(1, int(self.subsample * self.K + 1e-9))  # in floats 0.29 * 100 is below 29
 
 
-# The settings of --quick besides the steps, so that SAC learns sooner. In Python: Config(**QUICK).
+# What --quick sets besides the steps. In Python: Config(**QUICK); quick=True sets only the steps.
 QUICK = {"quick": True, "policy_average": 0.005, "eval_every": 1000, "polyak": 0.05, "alpha": 0.1}
 QUICK |= {"alpha_lr": 2e-3, "actor_lr": 1e-3, "dynamics_lr": 1e-3}
 
@@ -250,9 +250,9 @@ def adapter(x, omega):
 class Network(nn.Module):
     """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head.
 
-    A shared hypernetwork gives it ω. Without one it gets z (B, 8) or the true contexts c (N, d_c).
-    `use`: "concat" joins this to the input, "adapter" makes the adapter of it, "none" ignores it.
-    Where ω is not shared, `make_own` makes this network's own hypernetwork, from z or c to ω.
+    `given`, elsewhere `omega`, is ω of the shared hypernetwork. Without one it is z (B, 8) or the
+    true contexts c (N, d_c). `use`: "concat" appends it to the input, "adapter" builds the adapter
+    from it, "none" ignores it. `make_own` makes a network's own hypernetwork, from z or c to ω.
     """
 
     def __init__(self, d_in, d_out, d_x=256, use="adapter", d_context=0, make_own=None):
@@ -266,7 +266,7 @@ class Network(nn.Module):
         self.head = nn.Linear(d_x, d_out)
 
     def forward(self, inputs, given):
-        """inputs (B, d_in) -> (B, d_out). `given` is ω, z or c."""
+        """inputs (B, d_in) -> (B, d_out)."""
         if self.use == "concat":
             # z has a row for each sample, c one for each context. Samples are ordered by context.
             context = given.repeat_interleave(len(inputs) // len(given), 0)  # (B, 8) or (B, d_c)
@@ -460,7 +460,7 @@ class Agent(nn.Module):
         # 2  z ← g_φ(τ), ω ← h_η(z)
         z, omega = self.infer(batch.tau, noisy=True, c=batch.c)
 
-        # 3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇L_{φ,θ,η} (Eq. 1)
+        # 3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇ℒ_{φ,θ,η} (Eq. 1)
         if self.f is not None:
             loss = dynamics_loss(self.f, omega, batch)
             losses["dynamics_loss"] = loss.detach()
@@ -474,14 +474,14 @@ class Agent(nn.Module):
         # 4  ω ← stop-gradient(ω) (Eq. 2): the losses below do not reach φ and the shared η
         omega = omega.detach()
 
-        # 5  ζ ← ζ − α₂ ∇L_ζ
+        # 5  ζ ← ζ − α₂ ∇ℒ_ζ
         loss = critic_loss(self.pi, self.Q, self.Q_target, self.alpha, omega, batch, self.cfg.gamma)
         losses["critic_loss"] = loss.detach()
         optimizers["critic"].zero_grad()
         loss.backward()
         optimizers["critic"].step()
 
-        # 6  every second step do twice: ξ ← ξ − α₁ ∇L_ξ; then α by its loss, from the same actions
+        # 6  every second step do twice: ξ ← ξ − α₁ ∇ℒ_ξ; then α by its loss, from the same actions
         if step % 2 == 0:
             self.Q.requires_grad_(False)  # ∂Q/∂a is needed, and ∂Q/∂ζ would only cost time
             for _ in range(2):
@@ -515,7 +515,7 @@ class Method(NamedTuple):
     context: str  # z: inferred by the encoder; c: the true one; none
     rl: str  # what π and Q do with it: adapter, concat, none
     f: str  # what f does with it: adapter, concat; none: there is no f
-    hypernetwork: str  # shared: one, trained by Eq. 1; own: in each network, by its loss; none
+    hypernetwork: str  # shared: trained by Eq. 1; own: in each network with an adapter; none
     mask: float  # probability p of `mask_inputs`
     input_norm: bool  # AvgL1Norm in the encoder
     output_norm: bool  # SimNorm in the encoder
@@ -543,7 +543,7 @@ METHODS = {
 class GaussianEncoder(ContextEncoder):
     """The encoder of DMA-Pearl, with the layer norms of the published code.
 
-    z is a sample of N(mean, variance). `kl` is its divergence from N(0, I), mean over B and d_z.
+    z is a sample of a Gaussian. `kl` is this Gaussian's divergence from N(0, I), mean over B, d_z.
     """
 
     def __init__(self, d_s, d_a, d_z, *options):
@@ -566,7 +566,7 @@ class GaussianEncoder(ContextEncoder):
 
 
 class Replay:
-    """Transitions of N contexts that step together. Row t of a ring holds [s, a, δs, r] of all.
+    """Transitions t = 0, 1, … of N contexts: [s, a, δs, r] in row t modulo the capacity.
 
     The window of transition t is rows t−K … t−1 of its context: past transitions only. It may reach
     back over a reset, which keeps the context. Rows before the first transition are zeros, as if
@@ -615,7 +615,7 @@ class Rollout:
     """Acts in all contexts at once. The last K transitions of its replay are the window.
 
     If `noisy`, it collects for training, and a number that is not finite raises FloatingPointError.
-    Else it evaluates: zeros replace the row of a context with one, and `diverged` (N,) marks it.
+    Else it evaluates: zeros replace such numbers, and `diverged` (N,) marks the context.
     """
 
     def __init__(self, agent, envs, noisy, capacity=None):
@@ -627,7 +627,7 @@ class Rollout:
         self.done, self.diverged = True, np.zeros(envs.N, dtype=bool)
 
     def collect(self, random=False):
-        """One step of training. If an episode has ended, the next one begins first."""
+        """One step for training. If the episode has ended, a new one begins first: K steps more."""
         if self.done:
             self.begin_episode(random=random)
         self.step(random)
@@ -666,7 +666,7 @@ class Rollout:
         return s, a, r, omega
 
     def finite(self, name, values):
-        """`values` (N, ...), with zeros in the rows that are not finite. In training it raises."""
+        """Zeros, in place, rows of `values` (N, ...) that are not finite. In training it raises."""
         broken = ~np.isfinite(values.reshape(self.envs.N, -1)).all(-1)  # (N,)
         if self.noisy and broken.any():
             raise FloatingPointError(f"{name} is not finite")
@@ -683,13 +683,13 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
-    Returns two arrays (contexts, rollouts): the returns, which count no reward after a divergence,
-    and whether there was one. Of `cfg` only env and seed matter. `seed` (cfg's if None) decides the
-    initial states; those of the first rollout do not depend on `rollouts`.
+    Returns two arrays (contexts, rollouts): the returns, without rewards from a divergence on, and
+    whether the episode had one. Of `cfg` only env and seed matter. `seed` (cfg's if None) decides
+    the initial states; those of the first rollout do not depend on `rollouts`.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
     envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
-    rollout, returns = Rollout(agent, envs, noisy=False), np.zeros(envs.N)
+    rollout, returns = Rollout(agent, envs, noisy=False), np.zeros(envs.N)  # N: one per episode
     rollout.begin_episode()
     while not rollout.done:
         _, _, r, _ = rollout.step()
@@ -825,7 +825,7 @@ class Run:
         run.folder.mkdir(parents=True, exist_ok=True)
         with lock(run.folder) as run.inode:
             for path in run.folder.iterdir():
-                if path.suffix != ".partial":  # left by a run killed before its first checkpoint
+                if path.suffix != ".partial":  # which a run leaves that is killed at its start
                     ways = f"choose another --seed or --out, or go on with --resume {run.folder}"
                     raise BadInput(f"{path} is already there; {ways}")
             run.train()
@@ -871,7 +871,7 @@ class Run:
                     for _ in progress("random steps", 0, cfg.random_steps, self.recent_return):
                         self.rollout.collect(random=True)
                         self.between_steps()
-                self.between_steps()
+                self.between_steps()  # a resumed run makes the evaluation that was broken off
                 for _ in progress("gradient steps", self.step, cfg.steps, self.recent_return):
                     self.gradient_step()
                     self.between_steps()
@@ -1269,7 +1269,7 @@ class Policy:
             no_context = torch.zeros(len(rows), 0, device=cfg.device)
             self.window = Replay(no_context, cfg.K, cls.d_s, cls.d_a, cfg.K, L)
         if self.last:
-            self.window.add(*self.last, rows[:, 0], rows)  # nothing reads the reward
+            self.window.add(*self.last, rows[:, 0], rows)  # any reward, as nothing reads it
         z, omega = agent.infer(self.window.latest(noisy=False), noisy=False)
         a = agent.act(rows, omega, noisy=False)
         self.last = [rows, a]
