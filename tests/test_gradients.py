@@ -193,6 +193,5 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, capsys):
     ):
         (run / "gradients.csv").write_text(text)
         assert message in refusal(gradients, draw, capsys)
-    assert "given twice" in refusal(gradients, ["draw", run, *draw[1:]], capsys)
     assert "concat: has no encoder" in refusal(gradients, ["--method", "concat"], capsys)
     assert list(tmp_path.iterdir()) == [run]

@@ -106,6 +106,8 @@ def test_headline_is_the_main_job_s_seeds(runs):
     ours = [run for run in runs if run.experiment == "paper_settings"]
     assert f" have {fmean(map(compare.published_score, ours)):.0f}." in PROSE
     assert f"six seeds earn {fmean(ends(runs, 'mean')):.0f}." in PROSE
+    smaller = ends(runs, "mean", experiment="paper_settings_forgetting")
+    assert f"three seeds have {fmean(smaller):.0f}." in PROSE
     nothing = compare.no_action("cartpole_inv", "mean")
     assert f"doing nothing earns {nothing:.0f}" in PROSE
 
@@ -134,28 +136,45 @@ def test_findings_are_those_of_the_tables(runs):
     def behind(method, env="ode"):
         return round(mean("mean", method, env) - mean("mean", "dma_star_sh", env))
 
-    def lead(over, *kind):
-        """The mean over environments, on the scale of the aggregates."""
-        leads = []
+    def scaled(method, *kind):
+        """The mean over environments, on the scale of the aggregates, but for a constant."""
+        found = []
         for env in ("di_inv", "ode", "cartpole_inv"):
-            ours, others = [mean("mean", m, env, *kind) for m in ("dma_star_sh", over)]
-            leads.append((ours - others) / (compare.largest(env) - compare.no_action(env, "mean")))
-        return compare.figure(fmean(leads), 2)
+            scale = compare.largest(env) - compare.no_action(env, "mean")
+            found.append(mean("mean", method, env, *kind) / scale)
+        return fmean(found)
+
+    def poles(method):
+        """The mean return in the extrapolation set, of poles longer and shorter than trained."""
+        kind = method, "cartpole_inv", "quick"
+        rows = []
+        for run in runs:
+            if (run.method, run.env, run.experiment) == kind:
+                rows += [row for row in run.contexts if row["set"] == "eval_out"]
+        longer = [row["return"] for row in rows if row["length"] > 0.5]
+        shorter = [row["return"] for row in rows if row["length"] < 0.5]
+        return round(fmean(longer)), round(fmean(shorter))
 
     def unseen(score):
         kind = "unseen", "dma_star_sh"
         return fmean(run.last(score) for run in runs if (run.experiment, run.method) == kind)
 
-    nothing = compare.no_action("cartpole_inv", "eval_out")
+    ours, concat = poles("dma_star_sh"), poles("concat")
+    idle = compare.returns_without_action("cartpole_inv")
+    contexts = enumerate(aib_envs.context_sets("cartpole_inv")["eval_out"])
+    nothing = fmean(idle["eval_out", i] for i, context in contexts if context["length"] > 0.5)
     published = "published_way", "published"
+    costs = [scaled(method) - scaled(method, *published) for method in ("concat", "da")]
+    best = scaled("dma_star_sh", *published)
+    leads = [best - scaled(method, *published) for method in ("concat", "da")]
     for finding in (
-        f"earns {mean('eval_out'):.0f}, Concat (given the context) "
-        f"{mean('eval_out', 'concat'):.0f}, no action {nothing:.0f}.",
+        f"longer than trained, DMA\\*-SH earns {ours[0]}, Concat (given the context) {concat[0]}, "
+        f"no action {nothing:.0f}. On shorter ones Concat is ahead, {concat[1]} to {ours[1]}.",
         f"is {behind('dma_star')} of 200 behind DMA\\*, "
         f"{behind('concat')} behind Concat and {behind('da')} behind DA. "
         f"On `di_inv` it is {behind('concat', 'di_inv')} of 100 behind Concat.",
-        f"leads Concat by {lead('concat', *published)} and DA by {lead('da', *published)}; "
-        f"without them, {lead('concat')} and {lead('da')} (",
+        f"cost Concat {costs[0]:.2f} and DA {costs[1]:.2f} (no action 0, largest return 1)",
+        f"then leads Concat by {leads[0]:.2f} and DA by {leads[1]:.2f}.",
         f"earns {unseen('eval_out'):.0f} of 100, trained pairs {unseen('train'):.0f}.",
     ):
         assert finding in PROSE
