@@ -93,7 +93,7 @@ class Config:
     steps: int = option(None, "gradient steps (default: by environment)", 1)
     out: str = option("runs", "where the run folder, <env>__<method>[__quick]__s<seed>, is made")
     device: str = option("cpu", "torch device: cpu, cuda or cuda:<number>")
-    threads: int = option(None, "torch CPU threads (default: torch's choice)", 1, 1024)
+    threads: int = option(None, "torch CPU threads (default: torch's; --eval: the run's)", 1, 1024)
     eval_every: int = option(5000, "gradient steps between evaluations", 1)
     eval_rollouts: int = option(1, "episodes per context at each evaluation but the last", 1, 1000)
     rollouts: int = option(10, "episodes per context at the last evaluation and --eval", 1, 1000)
@@ -901,8 +901,9 @@ class Run:
 
     def recent_return(self):
         """The sum of rewards in the last `horizon` steps of training, mean over contexts."""
-        replay, horizon = self.rollout.replay, self.rollout.envs.horizon
-        t = torch.arange(max(0, replay.t - horizon), replay.t) % replay.capacity
+        replay = self.rollout.replay
+        steps = min(self.rollout.envs.horizon, replay.capacity, replay.t)
+        t = torch.arange(replay.t - steps, replay.t) % replay.capacity
         return f"training return {replay.rows[t, :, -1].sum(0).mean():.1f}"
 
     def between_steps(self):

@@ -165,7 +165,7 @@ def print_methods(settings):
     for run, rate in zip(runs, STEPS / np.median(turns, 0)):
         trained = [p.numel() for p in run.agent.parameters() if p.requires_grad]
         name = f"{run.cfg.method:<16} {run.agent.method.paper:<9}"
-        print(f"{name} {rate:7.1f} {sum(trained) - 1:11,}")  # without α
+        print(name, f"{rate:7.1f} {sum(trained) - 1:11,}")  # without α
 
 
 def print_environments():

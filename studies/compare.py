@@ -622,7 +622,7 @@ def measure_no_action(envs):
     """Ten episodes in each context, from where the evaluations of a run with seed 11 start."""
     rows = [row for row in no_action_rows() if row["env"] not in envs]
     for env in envs:
-        cfg = dmash.Config(**dmash.QUICK, env=env, method="dr", seed=11)
+        cfg = dmash.Config(env=env, method="dr", seed=11)
         agent = dmash.new_agent(cfg)
         for weights in agent.parameters():
             torch.nn.init.zeros_(weights)  # so the mean action is 0

@@ -39,8 +39,8 @@ def codes(space, cosines, samples):
         colours = {"cmap": "viridis", "vmin": u.min(), "vmax": u.max()}
         for i, mode in enumerate(space.modes):
             own = s == i
-            look = colours | {"label": in_words(mode) or "all contexts"}
-            ax.scatter(x[own], y[own], c=u[own], marker=MARKERS[i % 4], **look)
+            label = in_words(mode) or "all contexts"
+            ax.scatter(x[own], y[own], c=u[own], marker=MARKERS[i % 4], label=label, **colours)
         figure.colorbar(ax.collections[0], ax=ax, label=space.first.name)
         ax.set(title=f"z, {which}", ylabel=f"second component ({share[1]:.0%})")
         ax.set_xlabel(f"first component ({share[0]:.0%} of variance, train)")

@@ -198,7 +198,7 @@ def beyond(paths, out):
 def run_command(argv):
     parser = parser_of("unseen.py", __doc__)
     modes = {"report": report, "beyond": beyond}
-    parser.add_argument("mode", choices=modes, help="which of the two")
+    parser.add_argument("mode", choices=modes)
     parser.add_argument("places", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
     args = parser.parse_args(argv)
