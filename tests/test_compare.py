@@ -312,11 +312,11 @@ def test_reports_go_between_marks_and_a_check_fails_when_they_drift(five_seeds, 
 
 
 def test_no_action_measures_the_named_environments_again(tmp_path, monkeypatch, capsys):
-    table = shutil.copy(compare.NO_ACTION, tmp_path)
-    before = Path(table).read_text()
-    monkeypatch.setattr(compare, "NO_ACTION", Path(table))
+    table = Path(shutil.copy(compare.NO_ACTION, tmp_path))
+    before = table.read_text()
+    monkeypatch.setattr(compare, "NO_ACTION", table)
     said_by(["no-action", "--envs", "di_inv"], capsys)
-    assert sorted(Path(table).read_text().split()) == sorted(before.split())
+    assert sorted(table.read_text().split()) == sorted(before.split())
 
 
 def test_the_tables_of_results_are_those_of_their_documents(capsys):

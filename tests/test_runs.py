@@ -529,12 +529,14 @@ def test_tqdm_s_bar_shows_the_training_return(tmp_path, monkeypatch):
         assert ", training return " in stream.getvalue().rpartition(bar)[2].splitlines()[0]
 
 
-def test_the_training_return_is_that_of_the_last_episode():
-    run = dmash.Run(dmash.Config(**SMALL), "unused")
+@pytest.mark.parametrize("buffer, stored", [(100, 12), (8, 8)])
+def test_the_training_return_is_that_of_the_last_episode(buffer, stored):
+    """Or of what is stored of it."""
+    run = dmash.Run(dmash.Config(**SMALL | {"buffer": buffer}), "unused")
     for _ in range(2):
         run.rollout.begin_episode(random=True)
         rewards = [run.rollout.step(random=True)[2] for _ in range(12)]
-    expected = sum(rewards).mean()
+    expected = sum(rewards[-stored:]).mean()
     assert expected > 0.1
     assert run.recent_return() == f"training return {expected:.1f}"
 
@@ -622,14 +624,13 @@ class Attack:
         return os.mkdir, ("attacked",)
 
 
-OTHER_VERSION = "written by another version of dmash.py"
 DAMAGED = [  # a file, what is written into its nested dicts, and the reason that is told
     ("policy.pt", {"step": Attack()}, ""),
     ("policy.pt", {"agent": {"g.x": torch.zeros(1)}}, "its weights are not those of this method"),
     ("policy.pt", {"settings": {"gamme": 1}}, "'gamme'"),
     ("policy.pt", {"settings": {"gamma": "\x1b[31m"}}, "--gamma [31m: must be a number"),
     ("checkpoint.pt", {"step": Attack()}, ""),
-    ("checkpoint.pt", {"sums_of_losses": 0}, OTHER_VERSION),
+    ("checkpoint.pt", {"sums_of_losses": 0}, "written by another version of dmash.py"),
     ("checkpoint.pt", {"settings": {"hidden": 128}}, "size mismatch for "),
     ("checkpoint.pt", {"settings": {"device": "cuda:99"}}, "--device cuda:99: must be cpu, or"),
 ]
