@@ -586,7 +586,7 @@ def fill(places, document, check):
 
     mark = r"(<!-- ([^>]+?) of ([^>]+) -->\n)"
     text = document.read_text(encoding="utf-8")
-    filled, count = re.subn(mark + r".*?(<!-- end -->)", new, text, flags=re.DOTALL)
+    filled, count = re.subn(rf"{mark}.*?(<!-- end -->)", new, text, flags=re.DOTALL)
     if count < max(1, len(re.findall(mark, text))):
         raise BadInput(
             f"{document}: needs a line like <!-- table 1 of quick -->, then <!-- end -->"

@@ -80,7 +80,7 @@ def test_a_short_window_is_that_of_a_replay_with_no_more_transitions(keep, seen)
 def test_steps_to_counts_until_the_moving_mean_stays_at_95_percent(found, expected):
     for reference in (1, -1):  # of it, 5 % is 0.05 in both
         curve = np.array(found) + reference - 1
-        assert adaptation.steps_to(curve, np.full(40, reference)) == expected
+        assert adaptation.steps_to(curve, 0 * curve + reference) == expected
 
 
 # ---- The program --------------------------------------------------------------------------------

@@ -562,7 +562,7 @@ def test_copies_go_on_like_the_original(env_id, copied):
 
 
 def test_bad_contexts_are_refused():
-    for value in (math.nan, math.inf, "x", True, 10**400):
+    for value in (math.nan, math.inf, "x", True):
         with refused("must be a finite number"):
             make("ode", c0=value)
     with refused("length=0: must be above 0"):
@@ -574,8 +574,6 @@ def test_bad_contexts_are_refused():
 def test_bad_names_numbers_and_options_are_refused():
     with refused("unknown environment 'cartpole' (did you mean cartpole_inv?)"):
         make("cartpole")
-    with refused("unknown environment '[1]'; known: di_inv, "):
-        make([1])
     with refused("render_mode 'human': must be None or 'rgb_array'"):
         make("ode", render_mode="human")
     with refused("horizon=0: must be a whole number of at least 1"):

@@ -573,7 +573,6 @@ def test_quick(tmp_path):
 BAD_COMMANDS = [
     ("--env cartpole", "--env cartpole: unknown environment 'cartpole' (did you mean cartpole_"),
     ("--env my_module:mine", "--env my_module:mine: No module named 'my_module'"),
-    ("--env ./my_module:mine", "--env ./my_module:mine: "),
     ("--env gymnasium:Nonsense-v0", "--env gymnasium:Nonsense-v0: "),
     ("--method dma_sta_sh", "unknown method 'dma_sta_sh' (did you mean dma_star_sh?)"),
     ("--step 5", "unrecognized arguments: --step 5"),
