@@ -838,6 +838,8 @@ class Run:
         for steps, out and threads.
         """
         path = Path(folder) / "checkpoint.pt"
+        if not path.is_file():
+            raise BadInput(f"--resume {folder}: no run folder (it has no {path.name})")
         with lock(folder) as inode:
             with reading(path):
                 state = load(path)
@@ -1127,7 +1129,7 @@ def progress(what, done, total, note):
 
 def code_version():
     """A hash of both source files and, where git tracks them, the commit that last changed them."""
-    files = [Path(__file__), Path(aib_envs.__file__)]
+    files = [Path(__file__).resolve(), Path(aib_envs.__file__).resolve()]
     version = hashlib.sha256(files[0].read_bytes() + files[1].read_bytes()).hexdigest()[:12]
     command = ["git", "-C", files[0].parent, "log", "-1", "--format= %h", "--", *files]
     with contextlib.suppress(OSError):  # no git
@@ -1192,7 +1194,7 @@ def reading(path):
 
 def one_line(error):
     """An error in one line. A stranger's text must not steer the terminal."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or type(error).__name__
     return "".join(filter(str.isprintable, text))[:200]
 
 
@@ -1219,6 +1221,9 @@ def load_policy(path: str | Path, device: str = "cpu") -> tuple[Config, Agent]:
     path = Path(path)
     if path.is_dir():
         path = path / "policy.pt"
+    if not path.is_file():
+        raise BadInput(f"{path}: must be a policy file, or a run folder that holds policy.pt")
+    Config(device=device)  # refuses a device that is not usable, before the file is to blame
     with reading(path), torch.random.fork_rng(devices=[]):
         state = load(path)
         cfg = Config(**state["settings"] | {"device": device})
@@ -1384,6 +1389,8 @@ def main(argv=None):
 ALLOWED_WITH = {
     "eval": {"per_context", "rollouts", "threads", "device"},
     "resume": {"steps"},
+    "list_methods": set(),
+    "version": set(),
 }
 
 

@@ -587,8 +587,9 @@ BAD_COMMANDS = [
     ("--out /dev/null", "/dev/null/cartpole_inv__dma_star_sh__s1: Not a directory"),
     ("--per-context", "--per-context: allowed only with --eval RUN"),
     ("--resume x --seed 3", "--seed: not allowed with --resume"),
-    ("--eval nowhere", "nowhere cannot be read ([Errno 2] No such file or directory"),
-    ("--resume nowhere", "nowhere: No such file or directory"),
+    ("--version --quick", "--quick: not allowed with --version"),
+    ("--eval nowhere", "nowhere: must be a policy file, or a run folder that holds policy.pt"),
+    ("--resume nowhere", "--resume nowhere: no run folder (it has no checkpoint.pt)"),
 ]
 
 
