@@ -1275,7 +1275,8 @@ class Policy:
             no_context = torch.zeros(len(rows), 0, device=cfg.device)
             self.window = Replay(no_context, cfg.K, cls.d_s, cls.d_a, cfg.K, L)
         if self.last:
-            self.window.add(*self.last, rows[:, 0], rows)  # any reward, as nothing reads it
+            s_last, a_last = self.last
+            self.window.add(s_last, a_last, rows[:, 0], rows)  # any reward, as nothing reads it
         z, omega = agent.infer(self.window.latest(noisy=False), noisy=False)
         a = agent.act(rows, omega, noisy=False)
         self.last = [rows, a]
