@@ -241,7 +241,7 @@ def cell(estimate, digits, sign=""):
 
 
 def digits_of(env):
-    """Returns up to a thousand are written without decimals, others with one."""
+    """Returns up to 1000 are written without decimals; those up to 200, or unknown, with one."""
     if largest(env) > 200:
         return 0
     return 1
