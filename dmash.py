@@ -18,10 +18,10 @@ them read, M different ω. d_s, d_a, d_c: size of state, action, context. Number
                                                       └─▶ critics Q_{ζ,ω}
     dynamics loss (Eq. 1): trains φ, η, θ        policy loss: ξ        Bellman error: ζ
 
-Algorithm 2. α₁, α₂, α₃ are learning rates (of Adam), α is the temperature. ρ, which SAC calls τ, is
-the rate of the target critics. Here τ is the part of the window that is read.
+Algorithm 2: lines 1 to 7 repeat. α₁, α₂, α₃ are Adam's learning rates, α is the temperature. ρ,
+SAC's τ, is the rate of the target critics. Here τ is the part of the window that is read.
 
-    1  in every training context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
+    1  one step in each context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
     2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
     3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇ℒ_{φ,θ,η}, where ℒ is the error of predicting s' − s    (Eq. 1)
     4  ω ← stop-gradient(ω)                                                                (Eq. 2)
@@ -30,12 +30,12 @@ the rate of the target critics. Here τ is the part of the window that is read.
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
 
 Lines 5 and 6 use the ω of line 2, although line 3 has changed φ and η since. The published code
-computes ω again. Line 1 is `Rollout.step`, the batch is `Replay.sample`'s, the rest `Agent.update`.
+computes ω again. Line 1 is `Rollout.step`, the rest `Agent.update`. `Run.gradient_step` calls them.
 
-A warm-up precedes every episode: K steps without updates fill the window. Then the environment is
-reset and the window stays. Training also learns from these transitions; evaluation does not count
-their rewards. Methods without an encoder have warm-ups as well, to see the same amount of data. A
-run begins with 5,000 random steps per context. Their warm-ups, random too, come on top.
+A warm-up precedes every episode: K steps of the policy without updates fill the window. Then the
+environment is reset and the window stays. Training also learns from these steps; evaluation counts
+none of their rewards. Methods without an encoder have warm-ups as well, to see as much data. A run
+begins with 5,000 random steps per context. Their warm-ups, random too, come on top.
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual
 RL under Discontinuous Shifts", arXiv 2602.06550. Equations have its numbers. To start: --help.
@@ -99,7 +99,7 @@ class Config:
     rollouts: int = option(10, "episodes per context at the last evaluation and --eval", 1, 1000)
     snapshots: bool = option(False, "keep the policy of every evaluation, as policies/<step>.pt")
     contexts: int = option(20, "contexts in each of the sets train, eval_in and eval_out", 1, 1000)
-    K: int = option(None, "past transitions in a window (default: by environment)", 1)
+    K: int = option(None, "past transitions in a window (default: by environment, 24 or 128)", 1)
     subsample: float = option(0.2, "L / K, the share of the window that is read", 1e-6, 1)
     mask: float = option(None, "probability of masking s, a or δs (default: by method)", 0, 1)
     encoder_hidden: int = option(32, "width of the LSTM of the encoder g_φ", 1)
@@ -137,8 +137,8 @@ QUICK |= {"alpha_lr": 2e-3, "actor_lr": 1e-3, "dynamics_lr": 1e-3}
 def subsample(B, K, L, noisy, device=None):
     """Which L of the K transitions in a window are read: their positions, (B, L).
 
-    If `noisy`, a random subset in random order: a context does not depend on time. Else evenly
-    spaced, oldest first.
+    If `noisy`, a random subset in random order: the context is constant, so the order tells nothing
+    about it. Else evenly spaced, oldest first.
     """
     if noisy:
         return torch.rand(B, K, device=device).topk(L).indices  # topk sorts by the random numbers
@@ -149,10 +149,10 @@ def subsample(B, K, L, noisy, device=None):
 def mask_inputs(tau, d_s, d_a, p):
     """Random input masking: at each time step, each of s, a and δs becomes zero with probability p.
 
-    Unlike in dropout, what is left is not scaled up. tau (B, L, 2 d_s + d_a).
+    Unlike in dropout, what is left is not scaled up. tau (B, L, 2 d_s + d_a), keep_s, … (B, L, 1).
     """
     B, L, _ = tau.shape
-    keep_s, keep_a, keep_ds = (torch.rand(B, L, 3, device=tau.device) >= p).float().split(1, -1)
+    keep_s, keep_a, keep_ds = (torch.rand(B, L, 3, device=tau.device) >= p).split(1, -1)
     s, a, ds = tau.split([d_s, d_a, d_s], -1)
     return torch.cat([s * keep_s, a * keep_a, ds * keep_ds], -1)
 
@@ -205,8 +205,8 @@ class ContextEncoder(nn.Module):
 class Omega(NamedTuple):
     """ω, the weights of M adapters.
 
-    Each sample has its own window, so its own z and ω: M = B. In DA, ω comes from the true
-    contexts: M = N, and samples of a context share one ω. The matrices are Eq. 3's, transposed.
+    Each sample has its own window, so its own z and ω: M = B. In DA the true contexts c take the
+    place of z: M = N, and samples of a context share one ω. The matrices are Eq. 3's, transposed.
     """
 
     W_down: torch.Tensor  # (M, 256, 32)
@@ -250,9 +250,9 @@ def adapter(x, omega):
 class Network(nn.Module):
     """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head.
 
-    `given`, elsewhere `omega`, is ω of the shared hypernetwork. Without one it is z (B, 8) or the
-    true contexts c (N, d_c). `use`: "concat" appends it to the input, "adapter" builds the adapter
-    from it, "none" ignores it. `make_own` makes a network's own hypernetwork, from z or c to ω.
+    `given`, elsewhere `omega`, is what `Agent.infer` returns: the shared ω or, without a shared
+    hypernetwork, z (B, 8) or the true contexts c (N, d_c). `use`: "concat" appends it to the input,
+    "adapter" makes the adapter of it, "none" ignores it. `make_own()`: this network's own h_η.
     """
 
     def __init__(self, d_in, d_out, d_x=256, use="adapter", d_context=0, make_own=None):
@@ -274,7 +274,8 @@ class Network(nn.Module):
         x = self.trunk(inputs)  # (B, 256), no activation yet
         if self.use == "adapter":
             omega = given if self.own is None else self.own(given)
-            x = x.unflatten(0, (len(omega.b_up), -1))  # (M, B / M, 256), by context if M < B
+            M = len(omega.b_up)  # M < B in DA: samples are grouped by context
+            x = x.unflatten(0, (M, -1))  # (M, B / M, 256)
             x = x + adapter(x, omega)  # Eq. 3
             x = x.flatten(0, 1)  # (B, 256)
         return self.head(F.relu(x))
@@ -310,7 +311,7 @@ class Actor(Network):
         noise = torch.randn_like(mu)
         u = mu + log_std.exp() * noise
         log_prob_u = -(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2
-        # log(1 − tanh²u) in a form that is exact also where tanh saturates.
+        # log of da / du = 1 − tanh²u, in a form that is exact also where tanh saturates.
         log_derivative = 2 * (math.log(2) - u - F.softplus(-2 * u))
         return u.tanh(), (log_prob_u - log_derivative).sum(-1)
 
@@ -370,7 +371,7 @@ def actor_loss(pi, Q, alpha, omega, batch):
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Raises α while the policy's entropy is below its target, else lowers it."""
+    """Its descent raises α while the policy's entropy is below its target, else lowers it."""
     return -(log_alpha.exp() * (log_prob + target_entropy)).mean()
 
 
@@ -402,7 +403,7 @@ class Agent(nn.Module):
 
         self.g = self.h = self.f = None  # None stays where the method has no such network.
         if method.context == "z":
-            Encoder = GaussianEncoder if method.beta else ContextEncoder
+            Encoder = GaussianEncoder if method.beta else ContextEncoder  # the former: DMA-Pearl
             norms = method.input_norm, method.output_norm
             self.g = Encoder(d_s, d_a, cfg.d_z, cfg.encoder_hidden, cfg.mask, *norms)  # φ
         if method.hypernetwork == "shared":
@@ -454,18 +455,18 @@ class Agent(nn.Module):
         return pi.mean(s, omega)
 
     def update(self, batch, step):
-        """One gradient step; `step` counts from 1. Returns α and the losses computed, each 0-d."""
+        """One gradient step; `step` counts from 1. Returns α, and losses of f, Q and π, all 0-d."""
         optimizers, losses = self.optimizers, {}
 
         # 2  z ← g_φ(τ), ω ← h_η(z)
-        z, omega = self.infer(batch.tau, noisy=True, c=batch.c)
+        _, omega = self.infer(batch.tau, noisy=True, c=batch.c)
 
         # 3  (φ, θ, η) ← (φ, θ, η) − α₃ ∇ℒ_{φ,θ,η} (Eq. 1)
         if self.f is not None:
             loss = dynamics_loss(self.f, omega, batch)
             losses["dynamics_loss"] = loss.detach()
             if self.method.beta:
-                # DMA-Pearl alone. The published code multiplies, and detaches neither factor.
+                # DMA-Pearl alone; g has set kl. As published: a product, whose factors both learn.
                 loss = loss * (1 + self.method.beta * self.g.kl)
             optimizers["dynamics"].zero_grad()
             loss.backward()
@@ -511,10 +512,10 @@ class Agent(nn.Module):
 class Method(NamedTuple):
     """One row of METHODS: what the networks are told of the context, and how."""
 
-    paper: str  # name in the paper
+    paper: str  # name in the paper, or "ablation"
     context: str  # z: inferred by the encoder; c: the true one; none
     rl: str  # what π and Q do with it: adapter, concat, none
-    f: str  # what f does with it: adapter, concat; none: there is no f
+    f: str  # what f does with it: adapter, concat; none: this method has no f
     hypernetwork: str  # shared: trained by Eq. 1; own: in each network with an adapter; none
     mask: float  # probability p of `mask_inputs`
     input_norm: bool  # AvgL1Norm in the encoder
@@ -568,8 +569,8 @@ class GaussianEncoder(ContextEncoder):
 class Replay:
     """Transitions t = 0, 1, … of N contexts: [s, a, δs, r] in row t modulo the capacity.
 
-    The window of transition t is rows t−K … t−1 of its context: past transitions only. It may reach
-    back over a reset, which keeps the context. Rows before the first transition are zeros, as if
+    The window of transition t is rows t−K … t−1 of its context: past transitions only. It may begin
+    before a reset, as a reset keeps the context. Rows before the first transition are zeros, as if
     masked. No state is terminal: episodes end by their time limit.
     """
 
@@ -586,7 +587,7 @@ class Replay:
         self.t += 1
 
     def windows(self, n, t, noisy):
-        """τ (B, L, 2 d_s + d_a) of the windows of transitions t (B,) in contexts n (B,)."""
+        """τ (B, L, 2 d_s + d_a): in contexts n (B,), of the windows of transitions t (B,)."""
         if self.L == 0:
             return None
         i = subsample(len(t), self.K, self.L, noisy, self.rows.device)  # (B, L)
@@ -683,9 +684,9 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
-    Returns two arrays (contexts, rollouts): the returns, without rewards from a divergence on, and
-    whether the episode had one. Of `cfg` only env and seed matter. `seed` (cfg's if None) decides
-    the initial states; those of the first rollout do not depend on `rollouts`.
+    Returns two arrays (contexts, rollouts): the returns, in which nothing counts from a divergence
+    on, and whether the episode had one. Of `cfg` only env and seed matter. `seed` (cfg's if None)
+    decides the initial states; those of the first rollout do not depend on `rollouts`.
     """
     stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
     envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
