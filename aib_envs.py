@@ -68,7 +68,7 @@ To add an environment, write a subclass of `Task` in a module, say my_module.py,
 
     class Sliders(aib_envs.Task):  # three motors, each of which moves a position towards 0
         d_s, d_a, state_size, dt = 3, 3, 3, 0.05
-        multiplies = aib_envs.Task.multiplies | {"sign_z": [2]}  # it has sign_x and sign_y
+        multiplies = aib_envs.Task.multiplies | {"sign_z": [2]}  # one more than Task's three
 
         def initial_state(self, i, rng):
             return rng.uniform(-1, 1, size=3)
@@ -276,6 +276,9 @@ class Task(ABC):
     A subclass gives the sizes and `dt`, and defines the abstract methods. The physical state is
     `s`, unless the subclass redefines `set_state` and `state`. `reset`, `set_state` and `advance`
     assign new arrays to attributes, since copies made by `with_contexts` share the old ones.
+
+    A step depends on the state and the actions alone. If it depends on anything else, such as the
+    last action, `snapshot` and `restore` must hold that, too, or a resumed run is another one.
     """
 
     d_s: int  # size of an observation
@@ -287,6 +290,7 @@ class Task(ABC):
     target_size = 0  # size of options["target"] in `ContextualEnv.reset`; 0: there is no target
     # For each dimension that multiplies actions: the entries of the action, before any swap, as a
     # slice or a list of numbers below d_a. -1 inverts. Only dimensions registered for the id act.
+    # A subclass extends this dict: without action_factor in it, that dimension would do nothing.
     multiplies: dict[str, Any] = {"action_factor": slice(None), "sign_x": [0], "sign_y": [1]}
 
     @abstractmethod
@@ -519,6 +523,9 @@ class MujocoTask(Task):
     """A task on MuJoCo models, one per context. The state is qpos, then qvel.
 
     A subclass gives `xml(context)`, the text of its model, and SUBSTEPS, MuJoCo's steps in a step.
+    state_size is nq + nv. d_a is the number of the model's actuators, whose ctrlrange is -1 to 1.
+    `observation` and `reward` read `qpos` (N, nq), `qvel` (N, nv), `actions` (N, d_a) and `datas`.
+    A model with a free or a ball joint needs an `initial_state` of its own.
     `model` writes the contexts gravity and actuator_strength into every model.
     """
 
@@ -541,6 +548,10 @@ class MujocoTask(Task):
     @property
     def dt(self):
         return self.datas[0].model.opt.timestep * self.SUBSTEPS
+
+    @abstractmethod
+    def xml(self, context):
+        """The text of the model in a context, a dict."""
 
     def model(self, context):
         model = mujoco.MjModel.from_xml_string(self.xml(context))
@@ -610,7 +621,10 @@ class MujocoTask(Task):
         return state
 
     def picture(self, i):
-        """Every geom of the model as it is now, and the ground as a line."""
+        """Every geom of the model as it is now, and the ground as a line.
+
+        Spheres and capsules have their shape. Any other geom is drawn as a capsule.
+        """
         data = self.datas[i]
         model = data.model
         mujoco.mj_kinematics(model, data)  # mj_step leaves the geoms' positions one step behind.
@@ -619,9 +633,9 @@ class MujocoTask(Task):
             if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_PLANE:
                 shapes.append(GROUND)
                 continue
-            radius, length, _ = model.geom_size[g]
+            radius, half_length, _ = model.geom_size[g]
             z_axis = data.geom_xmat[g].reshape(3, 3)[:, 2]
-            half = length * z_axis  # from the middle to the end of a capsule; 0 for a sphere
+            half = half_length * z_axis  # from the middle to the end of a capsule; 0 for a sphere
             middle = data.geom_xpos[g]
             ends = (middle - half)[self.AXES], (middle + half)[self.AXES]
             shapes.append(Shape(*ends, radius, BLUE if g % 2 else RED))
@@ -1187,7 +1201,7 @@ class GymnasiumTask(Task):
     in [-1, 1] is multiplied by action_factor, clipped, multiplied by actuator_strength, clipped
     again, and rescaled to the environment's bounds. So no actuator gets more than these bounds.
     The physical state can neither be read nor set, and is empty here. `gymnasium_spec` makes the
-    class for an id.
+    class for an id. An episode that ends before the horizon is a BadEnvironment, also in training.
     """
 
     state_size = 0
@@ -1215,7 +1229,7 @@ class GymnasiumTask(Task):
         actions = np.clip(actions * self.c["actuator_strength"][:, None], -1, 1)
         self.seen, self.r, terminated, truncated, _ = self.envs.step(actions.astype(np.float32))
         if (terminated | truncated).any():
-            reason = "has terminal states, which no environment here may have"
+            reason = "ends its own episodes, which no environment here may do"
             raise BadEnvironment(f"gymnasium:{self.gymnasium_id} {reason}")
 
     def observation(self):
@@ -1390,7 +1404,10 @@ class ContextualEnv(VectorEnv, gymnasium.Env):
         return super().state()[0]
 
     def set_context(self, **context: float) -> None:
-        """Changes context values in mid-episode and keeps the physical state."""
+        """Changes context values in mid-episode and keeps the physical state.
+
+        Of a wrapped environment it is called as env.unwrapped.set_context. It needs a reset before.
+        """
         task = self.task_in([context])
         self.need_reset("set_context")
         task.set_state(self.task.state())
@@ -1429,10 +1446,10 @@ def make(env_id: str, horizon: int | None = None, **options: Any) -> ContextualE
     """The environment in the context given by name; what is not named has its default.
 
     `horizon`: None is that of the table, -1 never ends an episode. render_mode="rgb_array" makes
-    `render` draw. An unknown id or name, or a bad value, is a ValueError.
+    `render` draw. An unknown name or a bad value is a ValueError, an unknown id what `lookup` says.
 
-    Like an environment of gymnasium.make, it has a `spec` from which others can make it anew, but
-    for the ids "gymnasium:...".
+    Like an environment of gymnasium.make, it has a `spec` from which others can make it anew. The
+    ids "gymnasium:..." are an exception, and cannot be pickled either.
     """
     env = ContextualEnv(env_id, horizon=horizon, **options)
     spec = gymnasium.registry.get(f"aib/{env_id.rpartition(':')[2]}-v0")
@@ -1453,7 +1470,9 @@ class ContextualVectorEnv(gymnasium.vector.SyncVectorEnv):
     max_episode_steps is the horizon of ContextualEnv. With a vectorization_mode, make_vec does not
     know `contexts`.
     All else is SyncVectorEnv's: the step after the end of an episode begins the next one.
-    infos["context"] has an array (num_envs,) per dimension.
+    infos["context"] has an array (num_envs,) per dimension, and Gymnasium's mask, "_" and its name.
+    envs.envs[i].set_context changes a context in mid-episode. For RandomContext in each instance,
+    make_vec takes vectorization_mode="sync" and wrappers=[RandomContext].
     """
 
     def __init__(
@@ -1512,7 +1531,7 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
         self.binary = [dim.name for dim in lookup(inner.env_id).context if dim.binary]
         if isinstance(contexts, dict):
             for name, ends in contexts.items():
-                low, high = finite(f"range of {name}", ends, (2,)).tolist()
+                low, high = finite(f"range of {name}", ends, (2,))
                 if low > high:
                     raise ValueError(f"range of {name} {shown(ends)}: must go up")
                 for value in ends:
@@ -1544,8 +1563,8 @@ class RandomContext(gymnasium.Wrapper, RecordConstructorArgs):
 class AddContext(gymnasium.ObservationWrapper, RecordConstructorArgs):
     """Shows the agent the context, (d_c,), in the order of the table.
 
-    The context stands at the end of the observation, which is flattened. With a `key`, the
-    observation becomes a dict, {"observation": ..., key: context}.
+    The context stands at the end of the observation, which is flattened. With a `key`, a name other
+    than "observation", the observation becomes a dict, {"observation": ..., key: context}.
     """
 
     def __init__(self, env: gymnasium.Env, key: str | None = None):
@@ -1639,11 +1658,12 @@ def register(
     K: int = 24,
     steps: int = 100_000,
 ) -> None:
-    """Adds an environment. The arguments are a row of EnvSpec.
+    """Adds an environment. The arguments are a row of EnvSpec; dmash.py needs K <= horizon.
 
     `make` then knows it, Gymnasium as aib/<env_id>-v0, and dmash.py as --env <module>:<env_id>. The
-    module is the one that calls `register`. A ValueError says what is wrong with the row. Two
-    instances of the class are tried for one step, whose own errors pass through.
+    module is the one that calls `register`. A ValueError says what is wrong with the row. Five
+    instances of the class, in contexts of eval_out, are tried for one step. Their own errors pass
+    through. A run that is resumed does not notice that the module has changed.
     """
     # The class would not tell the module: it may come from this file.
     module = sys._getframe(1).f_globals["__name__"]
@@ -1653,7 +1673,7 @@ def register(
     try:
         check_spec(env_id, spec)
     except ValueError as error:
-        raise ValueError(f"environment {env_id!r}: {error}") from None
+        raise ValueError(f"environment {env_id!r}: {error}") from error
     full_id = env_id
     if module != __name__:
         full_id = f"{module}:{env_id}"
@@ -1691,15 +1711,17 @@ def check_spec(env_id, spec):
         raise ValueError(f"{cls.__name__} has no {', '.join(missing)}")
     if cls.d_a == 1 and {"swap", "sign_y"} & set(names):
         raise ValueError(f"{cls.__name__} has no two actuators")
-    task = cls([{dim.name: dim.default for dim in spec.context}] * 2)
-    task.reset([np.random.default_rng(0)] * 2)
-    task.step(np.zeros((2, cls.d_a)))
-    shapes = {"state": (2, cls.state_size), "observation": (2, cls.d_s), "reward": (2,)}
+    # Both ends of a range are among the five. An array of a wrong shape may fit 1 or d_a instances.
+    rng = np.random.default_rng(0)
+    task = cls(context_set(spec.context, "eval_out", 5, rng))
+    task.reset([rng] * 5)
+    task.step(np.zeros((5, cls.d_a)))
+    shapes = {"state": (5, cls.state_size), "observation": (5, cls.d_s), "reward": (5,)}
     for name, expected in shapes.items():
         shape = np.shape(getattr(task, name)())
         if shape != expected:
             gives = f"{cls.__name__} gives {name} of shape {shape}"
-            raise ValueError(f"{gives} for two instances: must be {expected}")
+            raise ValueError(f"{gives} for five instances: must be {expected}")
 
 
 def check_dim(dim):
@@ -1720,15 +1742,15 @@ def check_dim(dim):
 def lookup(env_id: str) -> EnvSpec:
     """The EnvSpec of an id of the table, of "module:id" or of "gymnasium:id".
 
-    Importing the module, which may be in the current folder, registers the id. An unknown id is a
-    ValueError or an error of the import or of Gymnasium.
+    Importing the module registers the id. The module may be in the current folder, if no other one
+    has its name. An unknown id is a ValueError or an error of the import or of Gymnasium.
     """
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder
     if str(env_id).startswith("gymnasium:"):
         return gymnasium_spec(env_id.removeprefix("gymnasium:"))
     module, _, name = str(env_id).rpartition(":")
     if module:
-        if "" not in sys.path:
-            sys.path.append("")  # the current folder
         try:
             importlib.import_module(module)
         except SystemExit:
@@ -1761,7 +1783,7 @@ def listed(env_id, contexts, n=None):
     if not isinstance(contexts, (list, tuple)) or not contexts:
         allowed = "a list of at least one, or train, eval_in or eval_out"
         raise ValueError(f"contexts {shown(contexts)}: must be {allowed}")
-    if len(contexts) != (n or len(contexts)):
+    if n and len(contexts) != n:
         raise ValueError(f"num_envs={n}: must be the number of contexts, here {len(contexts)}")
     return contexts
 

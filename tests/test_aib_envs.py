@@ -919,15 +919,15 @@ def refused_dim(text, name="gain", train=(0.5, 1.5), extrapolation=(0.1, 2.0), *
 
 
 def test_register_says_what_is_wrong_with_a_class():
-    sizes = {"d_s": 2, "d_a": 1, "state_size": 2}
-    missing = "advance, initial_state, reward, dt"
-    refused_row(f"Empty has no {missing}", type("Empty", (aib_envs.Task,), sizes))
+    empty = type("Empty", (aib_envs.Task,), {"d_s": 2, "d_a": 1, "state_size": 2})
+    refused_row("Empty has no advance, initial_state, reward, dt", empty)
     refused_class("Changed.d_s=None: must be a whole number of at least 1", d_s=None)
-    refused_class("gives state of shape (2, 1) for two instances: must be (2, 3)", state_size=3)
-    refused_class("gives observation of shape (2, 1) for two instances: must be (2, 3)", d_s=3)
-    refused_class("gives reward of shape () for two instances", reward=lambda self: 1.0)
-    single = type("Single", (Motor,), {"d_a": 1})
-    refused_row("Single has no two actuators", single, [GAIN, SWAP])
+    refused_class("gives state of shape (5, 1) for five instances: must be (5, 3)", state_size=3)
+    refused_class("gives observation of shape (5, 1) for five instances: must be (5, 3)", d_s=3)
+    # Both ends of eval_out are tried, of which 0.1 is the lower one.
+    four = "gives reward of shape (4,) for five instances"
+    refused_class(four, reward=lambda self: self.s[self.c["gain"] > 0.1, 0])
+    refused_row("Single has no two actuators", type("Single", (Motor,), {"d_a": 1}), [GAIN, SWAP])
 
 
 def test_register_says_what_means_nothing_in_a_row():
@@ -1049,7 +1049,7 @@ def test_an_environment_of_gymnasium_ends_by_its_horizon_alone():
 
     gymnasium.register("Ending-v0", ending, max_episode_steps=20)
     gymnasium.register("Whole-v0", whole, max_episode_steps=20)
-    with refused("gymnasium:Ending-v0 has terminal states", BadEnvironment):
+    with refused("gymnasium:Ending-v0 ends its own episodes", BadEnvironment):
         make("gymnasium:Ending-v0")
     for env_id in ("gymnasium:Whole-v0", "gymnasium:CartPole-v1"):
         with refused(f"{env_id}: must have Boxes of one axis as spaces", BadEnvironment):
@@ -1076,5 +1076,5 @@ def test_a_missing_library_of_gymnasium_s_is_named(monkeypatch):
 
 def test_terminal_states_of_gymnasium_s_mujoco_tasks_are_told():
     pytest.importorskip("imageio", reason="Gymnasium's MuJoCo tasks do not load without it")
-    with refused("InvertedPendulum-v5 has terminal states", BadEnvironment):
+    with refused("InvertedPendulum-v5 ends its own episodes", BadEnvironment):
         make("gymnasium:InvertedPendulum-v5")
