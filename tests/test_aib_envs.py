@@ -1069,8 +1069,10 @@ def test_a_missing_library_of_gymnasium_s_is_named(monkeypatch):
     with refused("(pip install imageio)", BadEnvironment) as error:
         make("gymnasium:Hopper-v5")
     assert str(error.value).startswith("gymnasium:Hopper-v5: ")
+    monkeypatch.setattr(sys, "path", [])
     with refused("gymnasium:nowhere:X-v0: ", BadEnvironment) as error:
         make("gymnasium:nowhere:X-v0")
+    assert sys.path == [""]  # The module was looked for in the current folder, too.
     assert "pip install" not in str(error.value)
 
 

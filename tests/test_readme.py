@@ -100,9 +100,9 @@ def test_methods_are_all_there():
 
 
 def test_headline_is_the_main_job_s_seeds(runs):
-    mean, low, high = compare.contrast([1], [ends(runs, "mean", experiment="paper_settings")])
+    expected = compare.contrast([1], [ends(runs, "mean", experiment="paper_settings")])
     headline = re.search(r"\*\*(\d+) of 1000.*?interval (\d+) to (\d+)", PROSE)
-    assert [int(x) for x in headline.groups()] == [round(mean), round(low), round(high)]
+    assert [int(x) for x in headline.groups()] == list(map(round, expected))
     ours = [run for run in runs if run.experiment == "paper_settings"]
     assert f" have {fmean(map(compare.published_score, ours)):.0f}." in PROSE
     kind = "paper_settings_forgetting", "dma_star_sh"
