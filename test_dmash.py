@@ -177,14 +177,14 @@ def test_config_rounds_the_length_that_is_read_down():
 
 def test_mask_inputs_zeroes_whole_vectors_at_the_stated_rate():
     tau = torch.ones(400, 25, 2 * D_S + D_A)
-    masked = dmash.mask_inputs(tau, D_S, D_A, 0.4).split([D_S, D_A, D_S], -1)
+    masked = dmash.mask_inputs(tau, D_S, D_A, 0.7).split([D_S, D_A, D_S], -1)
     zero = [(vector[..., 0] == 0).float() for vector in masked]
     for vector, is_zero in zip(masked, zero):
         assert torch.equal(vector.amin(-1), vector.amax(-1))  # all of a vector, or nothing
-        assert abs(is_zero.mean() - 0.4) < 0.02  # 4 standard errors
-        assert abs(is_zero.mean(0) - 0.4).max() < 0.12  # at each time step
+        assert abs(is_zero.mean() - 0.7) < 0.02  # 4 standard errors
+        assert abs(is_zero.mean(0) - 0.7).max() < 0.12  # at each time step
     for first, second in itertools.combinations(zero, 2):
-        assert abs((first * second).mean() - 0.16) < 0.02  # independent of each other
+        assert abs((first * second).mean() - 0.49) < 0.02  # independent of each other
 
 
 def test_mask_inputs_does_not_scale_what_is_left():
@@ -200,18 +200,19 @@ def test_avg_l1_norm_by_hand():
     y = dmash.avg_l1_norm(x)
     assert_close(y, by_hand)
     y.sum().backward()
-    assert x.grad.isfinite().all()  # a masked transition is a row of zeros
+    # y does not change with the scale of x. A masked transition is a row of zeros: no nan there.
+    assert (x.grad * x).sum().abs() < 1e-5
 
 
 def test_sim_norm_by_hand():
-    x = torch.randn(3, 8)
-    by_hand = torch.zeros(3, 8)
+    x = torch.randn(3, 6)
+    by_hand = torch.zeros(3, 6)
     for row in range(3):
-        for group in (range(4), range(4, 8)):
+        for group in (range(3), range(3, 6)):
             total = sum(math.exp(x[row, i]) for i in group)
             for i in group:
                 by_hand[row, i] = math.exp(x[row, i]) / total
-    assert_close(dmash.sim_norm(x, 4), by_hand)
+    assert_close(dmash.sim_norm(x, 3), by_hand)
 
 
 @pytest.mark.parametrize("method", INFERRED)
@@ -299,12 +300,12 @@ def test_gaussian_encoder_equals_torch_distributions():
 # ---- Hypernetwork, adapter, networks ------------------------------------------------------------
 
 
-def omega_by_hand(h, z):
-    """ω of one sample, z (8,), by matrix products."""
+def omega_by_hand(h, z, d_x=256, k=32):
+    """ω of one sample, z (8,), by matrix products. k is the width of the adapter."""
     y = torch.relu(h.trunk[0].weight @ z + h.trunk[0].bias)
     y = torch.relu(h.trunk[2].weight @ y + h.trunk[2].bias)
     flat = [head.weight @ y + head.bias for head in h.heads]
-    shapes = [(256, 32), (32,), (32, 256), (256,)]
+    shapes = [(d_x, k), (k,), (k, d_x), (d_x,)]
     return [x.reshape(shape) for x, shape in zip(flat, shapes)]
 
 
@@ -313,16 +314,12 @@ def adapter_by_hand(x, W_down, b_down, W_up, b_up):
     return W_up.T @ torch.relu(W_down.T @ x + b_down) + b_up
 
 
-def test_hypernetwork_gives_omega_with_its_shapes():
-    shapes = [tuple(w.shape) for w in dmash.Hypernetwork()(torch.randn(3, 8))]
-    assert shapes == [(3, 256, 32), (3, 1, 32), (3, 32, 256), (3, 1, 256)]
-
-
 def test_hypernetwork_equals_a_loop_over_samples():
-    h, z = dmash.Hypernetwork().double(), torch.randn(B, 8).double()
+    h, z = dmash.Hypernetwork(2, 9, 7, 5).double(), torch.randn(3, 2).double()
     omega = h(z)
-    for b in range(B):
-        for fast, slow in zip(omega, omega_by_hand(h, z[b])):
+    assert [tuple(w.shape) for w in omega] == [(3, 7, 5), (3, 1, 5), (3, 5, 7), (3, 1, 7)]
+    for b in range(3):
+        for fast, slow in zip(omega, omega_by_hand(h, z[b], 7, 5)):
             assert_close(fast[b].squeeze(0), slow)
 
 
@@ -1035,14 +1032,14 @@ def test_update_equals_algorithm_2_in_another_way(method):
 
 
 def test_update_moves_the_target_critics_by_rho():
-    """Line 7, with the paper's ρ. Targets stay leaves, or a graph would grow with them."""
-    agent = small_agent()
+    """Line 7. Targets stay leaves, or a graph would grow with them."""
+    agent = small_agent(polyak=0.1)
     for step in (1, 2, 3):
         before = [p.clone() for p in agent.Q_target.parameters()]
         agent.update(random_batch(), step)
-        targets = list(agent.Q_target.parameters())
-        for target, old, new in zip(targets, before, agent.Q.parameters(), strict=True):
-            assert_close(target, 0.995 * old + 0.005 * new)
+        ours = zip(agent.Q_target.parameters(), before, agent.Q.parameters(), strict=True)
+        for target, old, new in ours:
+            assert_close(target, 0.9 * old + 0.1 * new)
             assert target.is_leaf and not target.requires_grad
 
 
@@ -1297,9 +1294,8 @@ def test_rollout_warms_up_for_K_steps_and_then_resets(noisy):
     rollout.begin_episode()
     assert len(agent.calls) == rollout.replay.t == 10
     assert (agent.calls[0][1] == 0).all()  # the window is empty at first
-    assert not rollout.done
     assert envs.t == 0  # warm-up steps do not count towards the horizon
-    assert not torch.equal(rollout.s, agent.calls[0][0])  # a second start, after the first
+    assert agent.calls[-1][0][:, 2:].any()  # in the warm-up there was no reset
     assert (rollout.s[:, :2].abs() >= 0.8).all() and (rollout.s[:, 2:] == 0).all()
     tau = with_seed(rollout.replay.latest, noisy)
     with_seed(rollout.step)

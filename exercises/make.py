@@ -35,10 +35,7 @@ STUBS = {  # function or class of dmash.py: the tests of test_dmash.py that say 
         "test_mask_inputs_zeroes_whole_vectors_at_the_stated_rate",
         "test_mask_inputs_does_not_scale_what_is_left",
     ],
-    "Hypernetwork": [
-        "test_hypernetwork_gives_omega_with_its_shapes",
-        "test_hypernetwork_equals_a_loop_over_samples",
-    ],
+    "Hypernetwork": ["test_hypernetwork_equals_a_loop_over_samples"],
     "adapter": ["test_adapter_and_its_gradients_equal_a_loop_over_samples"],
     "Actor.sample": [
         "test_actor_sample_has_the_log_probability_of_torch_distributions",
@@ -50,6 +47,8 @@ STUBS = {  # function or class of dmash.py: the tests of test_dmash.py that say 
         "test_windows_hold_past_transitions_of_their_own_context",
         "test_windows_before_the_first_transitions_are_zeros",
         "test_windows_are_read_at_random_for_training_and_evenly_for_evaluation",
+        "test_windows_reach_over_resets_and_transitions_do_not",
+        "test_windows_are_not_cut_where_no_encoder_reads_them",
     ],
     "Agent.update": [
         "test_gradient_routing[dma_star_sh]",
@@ -179,7 +178,8 @@ def run_tests(task, source, timeout):
         reasons[name] = ""
         for failure in case:  # or a skip; at most one
             message = failure.get("message", "").splitlines()
-            reasons[name] = ": ".join([name, *message[:1]])
+            differences = [line.strip() for line in message[1:] if re.search(r"diff\w*:", line)]
+            reasons[name] = ": ".join([name, *message[:1], *differences[:1]])
     return reasons
 
 
@@ -199,7 +199,7 @@ def mark(folder, task, timeout):
             return 0, f"names {word}"
     cases = run_tests(task, source, timeout)
     if not cases:
-        return 0, "crashed, left, or took too long"
+        return 0, "crashed, left, or took too long (see --timeout)"
     wrong = [reason for reason in cases.values() if reason]
     return len(cases) - len(wrong), next(iter(wrong), "")
 
@@ -219,7 +219,9 @@ def print_marks(folders, tasks, timeout, as_csv):
     for task in tasks:
         ours = run_tests(task, read(ROOT), timeout)
         if not ours or any(ours.values()):
-            raise SystemExit(f"{task}: your own files fail, or take more than {timeout} seconds")
+            command = f"{sys.executable} -m pytest test_dmash.py"
+            slow = f"or take more than {timeout} seconds (--timeout)"
+            raise SystemExit(f"{task}: your own files fail, {slow}; try {command}")
         for folder in folders:
             passed, reason = mark(folder, task, timeout)
             points = int(passed == len(ours))

@@ -256,7 +256,7 @@ def teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "TASKS", {"double": tests, "bug": tests})
 
 
-STOPPED = "crashed, left, or took too long"
+STOPPED = "crashed, left, or took too long (see --timeout)"
 
 
 def inside(line):
