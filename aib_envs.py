@@ -1745,11 +1745,11 @@ def lookup(env_id: str) -> EnvSpec:
     Importing the module registers the id. The module may be in the current folder, if no other one
     has its name. An unknown id is a ValueError or an error of the import or of Gymnasium.
     """
-    if "" not in sys.path:
+    module, _, name = str(env_id).rpartition(":")
+    if module and "" not in sys.path:
         sys.path.append("")  # the current folder
     if str(env_id).startswith("gymnasium:"):
         return gymnasium_spec(env_id.removeprefix("gymnasium:"))
-    module, _, name = str(env_id).rpartition(":")
     if module:
         try:
             importlib.import_module(module)

@@ -924,6 +924,7 @@ def test_register_says_what_is_wrong_with_a_class():
     refused_class("Changed.d_s=None: must be a whole number of at least 1", d_s=None)
     refused_class("gives state of shape (5, 1) for five instances: must be (5, 3)", state_size=3)
     refused_class("gives observation of shape (5, 1) for five instances: must be (5, 3)", d_s=3)
+    refused_class("gives reward of shape () for five instances", reward=lambda self: 1.0)
     # Both ends of eval_out are tried, of which 0.1 is the lower one.
     four = "gives reward of shape (4,) for five instances"
     refused_class(four, reward=lambda self: self.s[self.c["gain"] > 0.1, 0])
@@ -1070,6 +1071,8 @@ def test_a_missing_library_of_gymnasium_s_is_named(monkeypatch):
         make("gymnasium:Hopper-v5")
     assert str(error.value).startswith("gymnasium:Hopper-v5: ")
     monkeypatch.setattr(sys, "path", [])
+    aib_envs.lookup("di_inv")
+    assert sys.path == []
     with refused("gymnasium:nowhere:X-v0: ", BadEnvironment) as error:
         make("gymnasium:nowhere:X-v0")
     assert sys.path == [""]  # The module was looked for in the current folder, too.
