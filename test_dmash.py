@@ -1032,14 +1032,14 @@ def test_update_equals_algorithm_2_in_another_way(method):
 
 
 def test_update_moves_the_target_critics_by_rho():
-    """Line 7. Targets stay leaves, or a graph would grow with them."""
-    agent = small_agent(polyak=0.1)
+    """Line 7, with the paper's ρ. Targets stay leaves, or a graph would grow with them."""
+    agent = small_agent()
     for step in (1, 2, 3):
         before = [p.clone() for p in agent.Q_target.parameters()]
         agent.update(random_batch(), step)
         ours = zip(agent.Q_target.parameters(), before, agent.Q.parameters(), strict=True)
         for target, old, new in ours:
-            assert_close(target, 0.9 * old + 0.1 * new)
+            assert_close(target, 0.995 * old + 0.005 * new)
             assert target.is_leaf and not target.requires_grad
 
 
@@ -1294,7 +1294,9 @@ def test_rollout_warms_up_for_K_steps_and_then_resets(noisy):
     rollout.begin_episode()
     assert len(agent.calls) == rollout.replay.t == 10
     assert (agent.calls[0][1] == 0).all()  # the window is empty at first
+    assert not rollout.done
     assert envs.t == 0  # warm-up steps do not count towards the horizon
+    assert not torch.equal(rollout.s, agent.calls[0][0])  # a second start, after the first
     assert agent.calls[-1][0][:, 2:].any()  # in the warm-up there was no reset
     assert (rollout.s[:, :2].abs() >= 0.8).all() and (rollout.s[:, 2:] == 0).all()
     tau = with_seed(rollout.replay.latest, noisy)

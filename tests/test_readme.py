@@ -25,11 +25,14 @@ def runs():
     return reader.read_runs([ROOT / "results"])
 
 
-def ends(runs, score, method="dma_star_sh", env="cartpole_inv", experiment="quick", departures=""):
-    """The scores of these runs at their last evaluation."""
+def chosen(runs, method="dma_star_sh", env="cartpole_inv", experiment="quick", departures=""):
     kind = method, env, experiment, departures
-    found = [run for run in runs if (run.method, run.env, run.experiment, run.departures) == kind]
-    return [run.last(score) for run in found]
+    return [run for run in runs if (run.method, run.env, run.experiment, run.departures) == kind]
+
+
+def ends(runs, score, *kind, **more):
+    """The scores at the last evaluation of the runs that are `chosen` by the other arguments."""
+    return [run.last(score) for run in chosen(runs, *kind, **more)]
 
 
 def ladder():
@@ -103,10 +106,9 @@ def test_headline_is_the_main_job_s_seeds(runs):
     expected = compare.contrast([1], [ends(runs, "mean", experiment="paper_settings")])
     headline = re.search(r"\*\*(\d+) of 1000.*?interval (\d+) to (\d+)", PROSE)
     assert [int(x) for x in headline.groups()] == list(map(round, expected))
-    ours = [run for run in runs if run.experiment == "paper_settings"]
+    ours = chosen(runs, experiment="paper_settings")
     assert f" have {fmean(map(compare.published_score, ours)):.0f}." in PROSE
-    kind = "paper_settings_forgetting", "dma_star_sh"
-    older = [run for run in runs if (run.experiment, run.method) == kind]
+    older = chosen(runs, experiment="paper_settings_forgetting")
     scored = fmean(map(compare.published_score, older))
     mean = fmean(run.last("mean") for run in older)
     assert f"three seeds have {mean:.0f}, and {scored:.0f} scored so." in PROSE
@@ -147,12 +149,8 @@ def test_findings_are_those_of_the_tables(runs):
 
     def poles(method):
         """The mean return of poles longer than trained."""
-        kind = method, "cartpole_inv", "quick"
-        returns = []
-        for run in runs:
-            if (run.method, run.env, run.experiment) == kind:
-                returns += [row["return"] for row in run.contexts if row["length"] > 0.85]
-        return round(fmean(returns))
+        rows = [row for run in chosen(runs, method) for row in run.contexts]
+        return round(fmean(row["return"] for row in rows if row["length"] > 0.85))
 
     def unseen(score):
         kind = "unseen", "dma_star_sh"
@@ -162,17 +160,17 @@ def test_findings_are_those_of_the_tables(runs):
     contexts = enumerate(aib_envs.context_sets("cartpole_inv")["eval_out"])
     nothing = fmean(idle["eval_out", i] for i, context in contexts if context["length"] > 0.5)
     published = "published_way", "published"
-    costs = [scaled(method) - scaled(method, *published) for method in ("concat", "da")]
-    best = scaled("dma_star_sh", *published)
-    leads = [best - scaled(method, *published) for method in ("concat", "da")]
+    methods = "dma_star_sh", "concat", "da"
+    ours, concat, da = [scaled(method, *published) for method in methods]
     for finding in (
         f"longer than trained, DMA\\*-SH earns {poles('dma_star_sh')}, DMA\\* {poles('dma_star')}, "
         f"Concat (given the context) {poles('concat')}, no action {nothing:.0f}.",
         f"is {behind('dma_star')} of 200 behind DMA\\*, "
         f"{behind('concat')} behind Concat and {behind('da')} behind DA. "
         f"On `di_inv` it is {behind('concat', 'di_inv')} of 100 behind Concat.",
-        f"cost Concat {costs[0]:.2f} and DA {costs[1]:.2f} over three environments",
-        f"With them DMA\\*-SH leads Concat by {leads[0]:.2f} and DA by {leads[1]:.2f}.",
+        f"cost Concat {scaled('concat') - concat:.2f} and DA {scaled('da') - da:.2f} "
+        "over three environments (no action 0, largest return 1)",
+        f"With them DMA\\*-SH leads Concat by {ours - concat:.2f} and DA by {ours - da:.2f}.",
         f"earns {unseen('eval_out'):.0f} of 100, trained pairs {unseen('train'):.0f}.",
     ):
         assert finding in PROSE
