@@ -18,8 +18,8 @@ them read, M different ω. d_s, d_a, d_c: size of state, action, context. Number
                                                       └─▶ critics Q_{ζ,ω}
     dynamics loss (Eq. 1): trains φ, η, θ        policy loss: ξ        Bellman error: ζ
 
-Algorithm 2: lines 1 to 7 repeat. α₁, α₂, α₃ are Adam's learning rates, α is the temperature. ρ,
-SAC's τ, is the rate of the target critics. Here τ is the part of the window that is read.
+Algorithm 2 repeats these lines; their numbers are ours. α₁, α₂, α₃ are Adam's learning rates, α is
+the temperature, and ρ, SAC's τ, the rate of the target critics. Here τ is the part that is read.
 
     1  one step in each context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
     2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
@@ -30,12 +30,12 @@ SAC's τ, is the rate of the target critics. Here τ is the part of the window t
     7  ζ̄ ← ζ̄ + ρ (ζ − ζ̄)
 
 Lines 5 and 6 use the ω of line 2, although line 3 has changed φ and η since. The published code
-computes ω again. Line 1 is `Rollout.step`, the rest `Agent.update`. `Run.gradient_step` calls them.
+computes ω again. `Run.gradient_step` calls `Rollout.collect` (1), `Replay.sample`, `Agent.update`.
 
 A warm-up precedes every episode: K steps of the policy without updates fill the window. Then the
-environment is reset and the window stays. Training also learns from these steps; evaluation counts
-none of their rewards. Methods without an encoder have warm-ups as well, to see as much data. A run
-begins with 5,000 random steps per context. Their warm-ups, random too, come on top.
+environment is reset and the window stays. Training learns from these steps, too (our choice);
+evaluation counts none of their rewards. Methods without an encoder have warm-ups as well, to see as
+much data. A run begins with 5,000 random steps per context. Random warm-ups come on top.
 
 Paper: Benad, Banerjee, Röder, Ay, Butz, Eppe, "Dynamics-Aligned Shared Hypernetworks for Contextual
 RL under Discontinuous Shifts", arXiv 2602.06550. Equations have its numbers. To start: --help.
@@ -84,7 +84,7 @@ def option(default, help, low=None, high=1e12):
 
 @dataclass
 class Config:
-    """All settings. The defaults are the paper's; where they are None, `complete` fills in."""
+    """All settings. Defaults are the paper's, but for `buffer`. `complete` fills in each None."""
 
     env: str = option("cartpole_inv", "python aib_envs.py shows all; or module:id, or gymnasium:id")
     method: str = option("dma_star_sh", "method of the comparison; --list-methods shows all")
@@ -127,7 +127,7 @@ class Config:
         return max(1, int(self.subsample * self.K + 1e-9))  # in floats 0.29 * 100 is below 29
 
 
-# What --quick sets besides the steps. In Python: Config(**QUICK); quick=True sets only the steps.
+# What --quick sets besides the steps. In Python: Config(**QUICK), as quick alone sets just steps.
 QUICK = {"quick": True, "policy_average": 0.005, "eval_every": 1000, "polyak": 0.05, "alpha": 0.1}
 QUICK |= {"alpha_lr": 2e-3, "actor_lr": 1e-3, "dynamics_lr": 1e-3}
 
@@ -214,7 +214,7 @@ class Omega(NamedTuple):
     W_up: torch.Tensor  # (M, 32, 256)
     b_up: torch.Tensor  # (M, 1, 256)
 
-    def detach(self):
+    def detach(self):  # named as a tensor's: z or c may stand in for ω
         return Omega(*(w.detach() for w in self))
 
 
@@ -250,8 +250,8 @@ def adapter(x, omega):
 class Network(nn.Module):
     """Trunk -> x, x̃ = x + g_adapter(x; ω) (Eq. 3), ReLU, head.
 
-    `given`, elsewhere `omega`, is what `Agent.infer` returns: the shared ω or, without a shared
-    hypernetwork, z (B, 8) or the true contexts c (N, d_c). `use`: "concat" appends it to the input,
+    `given` is the shared ω or, without a shared hypernetwork, z (B, 8) or the true contexts c
+    (N, d_c). Other code calls it `omega` in each case. `use`: "concat" appends it to the input,
     "adapter" makes the adapter of it, "none" ignores it. `make_own()`: this network's own h_η.
     """
 
@@ -348,12 +348,12 @@ class Batch(NamedTuple):
 
 
 def dynamics_loss(f, omega, batch):
-    """Eq. 1: the squared error of the prediction δŝ, mean over samples and dimensions."""
+    """Eq. 1: ℒ_{φ,θ,η}, the mean over samples and dimensions of (f_{θ,ω}(s, a) − δs)²."""
     return F.mse_loss(f(batch.s, batch.a, omega), batch.ds)
 
 
 def critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma):
-    """SAC's Bellman error, summed over both critics. s' has the context of s, so the same ω."""
+    """ℒ_ζ: SAC's Bellman error, summed over both critics. s' has the context of s, so its ω."""
     with torch.no_grad():
         s2 = batch.s + batch.ds  # (B, d_s), s'
         a2, log_prob = pi.sample(s2, omega)
@@ -364,14 +364,14 @@ def critic_loss(pi, Q, Q_target, alpha, omega, batch, gamma):
 
 
 def actor_loss(pi, Q, alpha, omega, batch):
-    """Returns SAC's policy loss, and the log-probabilities (B,) of the actions that it drew."""
+    """Returns ℒ_ξ, the mean of α log π(a|s) − min Q(s, a) with a ~ π, and log π(a|s), (B,)."""
     a, log_prob = pi.sample(batch.s, omega)
     q = Q(batch.s, a, omega).amin(-1)  # (B,)
     return (alpha * log_prob - q).mean(), log_prob.detach()
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """Its descent raises α while the policy's entropy is below its target, else lowers it."""
+    """Descent raises α while the entropy, −mean log_prob, is below its target, else lowers it."""
     return -(log_alpha.exp() * (log_prob + target_entropy)).mean()
 
 
@@ -391,7 +391,7 @@ class Agent(nn.Module):
     def __init__(self, cfg, d_s, d_a, d_c):
         super().__init__()
         self.cfg, self.target_entropy = cfg, -float(d_a)  # SAC's rule of thumb
-        self.method = method = METHODS[cfg.method]  # a row of the table below
+        self.method = method = METHODS[cfg.method]  # below; DMA*-SH: z, adapter, adapter, shared
         d_context = {"z": cfg.d_z, "c": d_c, "none": 0}[method.context]
 
         def make_hypernetwork():
@@ -448,14 +448,14 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, s, omega, noisy):
-        """Actions (N, d_a) in s (N, d_s): sampled if `noisy`, else the mean."""
+        """Actions (N, d_a) in s (N, d_s): sampled if `noisy`, else the mean, of any `pi_average`."""
         if noisy:
             return self.pi.sample(s, omega)[0]
         pi = self.pi if self.pi_average is None else self.pi_average
         return pi.mean(s, omega)
 
     def update(self, batch, step):
-        """One gradient step; `step` counts from 1. Returns α, and losses of f, Q and π, all 0-d."""
+        """One gradient step; `step` counts from 1. Returns a dict of 0-d tensors: α and losses."""
         optimizers, losses = self.optimizers, {}
 
         # 2  z ← g_φ(τ), ω ← h_η(z)
@@ -466,13 +466,13 @@ class Agent(nn.Module):
             loss = dynamics_loss(self.f, omega, batch)
             losses["dynamics_loss"] = loss.detach()
             if self.method.beta:
-                # DMA-Pearl alone; g has set kl. As published: a product, whose factors both learn.
+                # DMA-Pearl alone; line 2 has set kl. As published: both factors have gradients.
                 loss = loss * (1 + self.method.beta * self.g.kl)
             optimizers["dynamics"].zero_grad()
             loss.backward()
             optimizers["dynamics"].step()
 
-        # 4  ω ← stop-gradient(ω) (Eq. 2): the losses below do not reach φ and the shared η
+        # 4  ω ← stop-gradient(ω) (Eq. 2): the losses below reach neither φ nor h_η shared by all
         omega = omega.detach()
 
         # 5  ζ ← ζ − α₂ ∇ℒ_ζ
@@ -587,12 +587,12 @@ class Replay:
         self.t += 1
 
     def windows(self, n, t, noisy):
-        """τ (B, L, 2 d_s + d_a): in contexts n (B,), of the windows of transitions t (B,)."""
+        """τ (B, L, 2 d_s + d_a), for i < B of the window of transition t[i] in context n[i]."""
         if self.L == 0:
             return None
         i = subsample(len(t), self.K, self.L, noisy, self.rows.device)  # (B, L)
         past = (t.unsqueeze(-1) - self.K + i) % self.capacity
-        return self.rows[past, n.unsqueeze(-1), :-1]  # all but the reward
+        return self.rows[past, n.unsqueeze(-1), :-1]  # past is (B, L), n (B, 1); all but the reward
 
     def latest(self, noisy):
         """τ (N, L, 2 d_s + d_a) for the next action in each context."""
@@ -634,7 +634,7 @@ class Rollout:
         self.step(random)
 
     def begin_episode(self, warm_up=True, random=False):
-        """The warm-up: K steps that fill the window. Then a reset, and the window stays."""
+        """A reset and K steps that fill the window: the warm-up. A reset again; the window stays."""
         self.reset()
         if warm_up:
             for _ in range(self.replay.K):
@@ -659,7 +659,7 @@ class Rollout:
             tau = self.replay.latest(self.noisy)
             _, omega = self.agent.infer(tau, self.noisy, self.replay.c)
             a = self.agent.act(s, omega, self.noisy)
-        actions = self.finite("action", a.cpu().numpy())
+        actions = self.finite("action", a.cpu().numpy())  # what is executed and stored
         s2, r, self.done = self.envs.step(actions)
         a, r = self.tensor(actions), self.tensor(self.finite("reward", r))
         self.s = self.tensor(self.finite("observation", s2))
@@ -667,7 +667,7 @@ class Rollout:
         return s, a, r, omega
 
     def finite(self, name, values):
-        """Zeros, in place, rows of `values` (N, ...) that are not finite. In training it raises."""
+        """Sets rows of `values` (N, ...) that are not finite to 0, in place. In training it raises."""
         broken = ~np.isfinite(values.reshape(self.envs.N, -1)).all(-1)  # (N,)
         if self.noisy and broken.any():
             raise FloatingPointError(f"{name} is not finite")
@@ -684,13 +684,13 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Zero-shot returns of `rollouts` episodes in each of `contexts`, a list of dicts.
 
-    Returns two arrays (contexts, rollouts): the returns, in which nothing counts from a divergence
-    on, and whether the episode had one. Of `cfg` only env and seed matter. `seed` (cfg's if None)
+    Returns two arrays (contexts, rollouts): the returns, where rewards from a divergence on count
+    as 0, and whether the episode had one. Of `cfg` only env and seed matter. `seed` (cfg's if None)
     decides the initial states; those of the first rollout do not depend on `rollouts`.
     """
-    stream = [cfg.seed if seed is None else seed, 1]  # training draws from stream 0
+    stream = [cfg.seed if seed is None else seed, 1]  # training has [seed, 0]
     envs = aib_envs.VectorEnv(cfg.env, list(contexts) * rollouts, seed=stream)
-    rollout, returns = Rollout(agent, envs, noisy=False), np.zeros(envs.N)  # N: one per episode
+    rollout, returns = Rollout(agent, envs, noisy=False), np.zeros(envs.N)  # N: all episodes
     rollout.begin_episode()
     while not rollout.done:
         _, _, r, _ = rollout.step()
