@@ -472,7 +472,7 @@ class Agent(nn.Module):
             loss.backward()
             optimizers["dynamics"].step()
 
-        # 4  ω ← stop-gradient(ω) (Eq. 2): the losses below reach neither φ nor h_η shared by all
+        # 4  ω ← stop-gradient(ω) (Eq. 2): the losses below reach neither φ nor the η that all share
         omega = omega.detach()
 
         # 5  ζ ← ζ − α₂ ∇ℒ_ζ
