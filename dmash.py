@@ -448,7 +448,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, s, omega, noisy):
-        """Actions (N, d_a) in s (N, d_s): sampled if `noisy`, else the mean, of any `pi_average`."""
+        """Actions (N, d_a) in s (N, d_s): sampled if `noisy`, else the mean (of `pi_average`)."""
         if noisy:
             return self.pi.sample(s, omega)[0]
         pi = self.pi if self.pi_average is None else self.pi_average
@@ -634,7 +634,7 @@ class Rollout:
         self.step(random)
 
     def begin_episode(self, warm_up=True, random=False):
-        """A reset and K steps that fill the window: the warm-up. A reset again; the window stays."""
+        """The warm-up: a reset, and K steps that fill the window. A reset; the window stays."""
         self.reset()
         if warm_up:
             for _ in range(self.replay.K):
@@ -667,7 +667,7 @@ class Rollout:
         return s, a, r, omega
 
     def finite(self, name, values):
-        """Sets rows of `values` (N, ...) that are not finite to 0, in place. In training it raises."""
+        """Sets rows of `values` (N, ...) that are not finite to 0, in place; training raises."""
         broken = ~np.isfinite(values.reshape(self.envs.N, -1)).all(-1)  # (N,)
         if self.noisy and broken.any():
             raise FloatingPointError(f"{name} is not finite")
