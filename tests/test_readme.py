@@ -161,10 +161,10 @@ def test_findings_are_those_of_the_tables(runs):
     idle = compare.returns_without_action("cartpole_inv")
     contexts = enumerate(aib_envs.context_sets("cartpole_inv")["eval_out"])
     nothing = fmean(idle["eval_out", i] for i, context in contexts if context["length"] > 0.5)
-    long = "ode", "eval_out", "paper_settings_ode"
     seven = {run.env for run in runs if run.experiment == "quick"}
     for finding in (
-        f" {-behind('concat', *long)} and {-behind('dma_star', *long)} ahead.",
+        f" ({behind('concat', 'ode', 'train', 'paper_settings_ode')} behind in trained contexts, "
+        f"{-behind('concat', 'ode', 'eval_out', 'paper_settings_ode')} ahead in extrapolation).",
         f"longer than trained, DMA\\*-SH earns {poles('dma_star_sh'):.0f}, "
         f"DMA\\* {poles('dma_star'):.0f}, Concat (given the context) {poles('concat'):.0f}, "
         f"no action {nothing:.0f}.",
