@@ -19,7 +19,7 @@ them read, M different ω. d_s, d_a, d_c: size of state, action, context. Number
     dynamics loss (Eq. 1): trains φ, η, θ        policy loss: ξ        Bellman error: ζ
 
 Algorithm 2 repeats these lines; their numbers are ours. α₁, α₂, α₃ are Adam's learning rates, α is
-the temperature, and ρ, SAC's τ, the rate of the target critics. Here τ is the part that is read.
+the temperature. ρ is SAC's τ, the rate of the target critics; here τ is what is read of a window.
 
     1  one step in each context: z ← g_φ(τ), ω ← h_η(z), a ~ π_{ξ,ω}(·|s); store (s, a, δs, r)
     2  sample a batch with windows; z ← g_φ(τ), ω ← h_η(z)
@@ -127,7 +127,7 @@ class Config:
         return max(1, int(self.subsample * self.K + 1e-9))  # in floats 0.29 * 100 is below 29
 
 
-# What --quick sets besides the steps. In Python: Config(**QUICK), as quick alone sets just steps.
+# What --quick sets besides the steps. In Python: Config(**QUICK). quick=True sets only the steps.
 QUICK = {"quick": True, "policy_average": 0.005, "eval_every": 1000, "polyak": 0.05, "alpha": 0.1}
 QUICK |= {"alpha_lr": 2e-3, "actor_lr": 1e-3, "dynamics_lr": 1e-3}
 
@@ -448,7 +448,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, s, omega, noisy):
-        """Actions (N, d_a) in s (N, d_s): sampled if `noisy`, else the mean (of `pi_average`)."""
+        """Actions (N, d_a) in s (N, d_s): sampled if `noisy`, else the mean."""
         if noisy:
             return self.pi.sample(s, omega)[0]
         pi = self.pi if self.pi_average is None else self.pi_average
@@ -634,7 +634,7 @@ class Rollout:
         self.step(random)
 
     def begin_episode(self, warm_up=True, random=False):
-        """The warm-up: a reset, and K steps that fill the window. A reset; the window stays."""
+        """The warm-up: a reset, K steps that fill the window, and a reset. The window stays."""
         self.reset()
         if warm_up:
             for _ in range(self.replay.K):
@@ -667,7 +667,7 @@ class Rollout:
         return s, a, r, omega
 
     def finite(self, name, values):
-        """Sets rows of `values` (N, ...) that are not finite to 0, in place; training raises."""
+        """Sets rows of `values` (N, ...) that are not finite to 0. In training it raises."""
         broken = ~np.isfinite(values.reshape(self.envs.N, -1)).all(-1)  # (N,)
         if self.noisy and broken.any():
             raise FloatingPointError(f"{name} is not finite")
